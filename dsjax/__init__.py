@@ -1,0 +1,11 @@
+"""DeepSeek-V3 and R1 in JAX: one model for pretraining, reinforcement learning and serving.
+
+import dsjax
+lm = dsjax.load_pretrained("runs/tiny")
+lm.generate("def main(", max_tokens=64, temperature=0.7, seed=0)
+"""
+
+from dsjax.errors import InputError
+from dsjax.language_model import LanguageModel, init, load_pretrained
+
+__all__ = ["InputError", "LanguageModel", "init", "load_pretrained"]

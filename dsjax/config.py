@@ -1,0 +1,378 @@
+"""Frozen dataclasses that describe a whole run: model, data, training, precision.
+
+Knows nothing about arrays. A configuration is immutable and hashable, and checks its sizes when it
+is made; `dsjax.overrides` turns it into JSON and back.
+
+Symbols in comments follow docs/notation.md (D model width, N heads, E experts ...).
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from dsjax.errors import InputError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value is None or value > 0,
+            f"{type(config).__name__}.{name} is {value}; it must be positive",
+        )
+
+
+# ---- model --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN context extension (Peng et al. 2023, arXiv 2309.00071); DeepSeek's two mscales."""
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self):
+        _positive(self, "factor", "original_max_positions", "beta_fast", "beta_slow")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding on interleaved pairs, with or without YaRN."""
+
+    theta: float = 10_000.0
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self):
+        _positive(self, "theta")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlaConfig:
+    """Multi-head latent attention (DeepSeek-V2 report, section 2.1)."""
+
+    num_heads: int  # N
+    q_latent_dim: int | None  # Q; None projects queries straight from the hidden state
+    kv_latent_dim: int  # C
+    nope_dim: int  # P
+    rope_dim: int  # R
+    value_dim: int  # H
+    rope: RopeConfig = RopeConfig()
+    latent_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        _positive(
+            self, "num_heads", "q_latent_dim", "kv_latent_dim", "nope_dim", "rope_dim", "value_dim"
+        )
+        _require(self.rope_dim % 2 == 0, f"MlaConfig.rope_dim is {self.rope_dim}; it must be even")
+
+    @property
+    def head_dim(self) -> int:
+        """A = P + R, the width over which queries and keys are compared."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def cache_dim(self) -> int:
+        """Z = C + R, the numbers cached a token a layer."""
+        return self.kv_latent_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwiGluConfig:
+    """A dense gated feed-forward layer."""
+
+    hidden_dim: int  # F
+
+    def __post_init__(self):
+        _positive(self, "hidden_dim")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Fine-grained mixture of experts with shared experts (V2 report 2.2, V3 report 2.1.2)."""
+
+    num_experts: int  # E
+    num_experts_per_token: int  # K
+    expert_dim: int  # F
+    num_shared_experts: int = 1
+    num_groups: int = 1  # J
+    groups_per_token: int = 1
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    normalize_gates: bool = True
+    gate_scale: float = 1.0
+    balance_bias: bool = True  # auxiliary-loss-free balancing
+
+    def __post_init__(self):
+        _positive(
+            self,
+            "num_experts",
+            "num_experts_per_token",
+            "expert_dim",
+            "num_groups",
+            "groups_per_token",
+        )
+        _require(
+            self.num_shared_experts >= 0,
+            f"MoeConfig.num_shared_experts is {self.num_shared_experts}",
+        )
+        e, j, kept, k = (
+            self.num_experts,
+            self.num_groups,
+            self.groups_per_token,
+            self.num_experts_per_token,
+        )
+        _require(e % j == 0, f"MoeConfig: {e} experts do not divide into {j} groups")
+        _require(kept <= j, f"MoeConfig: groups_per_token {kept} is more than num_groups {j}")
+        _require(
+            k <= kept * (e // j),
+            f"MoeConfig: {k} experts a token, but {kept} groups hold {kept * (e // j)}",
+        )
+        _require(
+            self.group_score != "top2_sum" or j == 1 or e // j >= 2,
+            f"MoeConfig: group_score top2_sum needs two experts a group; {e} experts in {j} groups",
+        )
+
+
+AttentionConfig = MlaConfig
+FfnConfig = SwiGluConfig | MoeConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One pre-norm transformer block: attention, then a feed-forward layer."""
+
+    attention: AttentionConfig
+    ffn: FfnConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """A pattern of blocks run `repeats` times by one scan: L = repeats for each block of it."""
+
+    name: str  # names the stack in parameters, loads, caches and metrics
+    repeats: int
+    blocks: tuple[BlockConfig, ...]
+
+    def __post_init__(self):
+        _positive(self, "repeats")
+        _require(self.name.isidentifier(), f"StackConfig.name '{self.name}' is not an identifier")
+        _require(len(self.blocks) > 0, f"StackConfig '{self.name}' has no block")
+
+    def key(self, index: int) -> str:
+        """The name under which block `index` of the pattern reports loads and keeps its cache."""
+        return self.name if len(self.blocks) == 1 else f"{self.name}_{index}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MtpConfig:
+    """Multi-token prediction (V3 report 2.2): `depth` more blocks, each a token further ahead."""
+
+    depth: int
+    block: BlockConfig
+
+    def __post_init__(self):
+        _positive(self, "depth")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder: embedding, a tuple of stacks, a head, and optionally MTP blocks."""
+
+    vocab_size: int  # V
+    embed_dim: int  # D
+    stacks: tuple[StackConfig, ...]
+    mtp: MtpConfig | None = None
+    norm_eps: float = 1e-6
+    init_std: float = 0.006
+    max_positions: int = 4096
+
+    def __post_init__(self):
+        _positive(self, "vocab_size", "embed_dim", "norm_eps", "init_std", "max_positions")
+        _require(len(self.stacks) > 0, "ModelConfig.stacks is empty")
+        keys = [s.key(i) for s in self.stacks for i in range(len(s.blocks))]
+        _require(
+            len(set(keys)) == len(keys) and "mtp" not in keys,
+            f"stack names collide: {keys} (and 'mtp')",
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks in all stacks, MTP not counted."""
+        return sum(s.repeats * len(s.blocks) for s in self.stacks)
+
+
+# ---- data, training, precision ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where text comes from: `builtin:python`, `builtin:shakespeare`, or a glob of UTF-8 files."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Documents, and how they are split and ordered."""
+
+    sources: tuple[SourceConfig, ...] = (
+        SourceConfig(path="builtin:python"),
+        SourceConfig(path="builtin:shakespeare"),
+    )
+    held_out_fraction: float = 0.05  # of documents, chosen by the hash of their text
+    shuffle: bool = True
+    # Keeps the first documents in hash order up to this size.
+    max_bytes_per_source: int | None = None
+
+    def __post_init__(self):
+        _positive(self, "max_bytes_per_source")
+        _require(len(self.sources) > 0, "DataConfig.sources is empty")
+        _require(
+            0.0 < self.held_out_fraction < 1.0,
+            f"DataConfig.held_out_fraction is {self.held_out_fraction}; "
+            "it must lie between 0 and 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One phase of a schedule: moves to `value` by `until`, a share of the run's tokens."""
+
+    until: float
+    value: float
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """A value as a function of progress, the share of the run's tokens already seen, in [0, 1]."""
+
+    start: float
+    phases: tuple[PhaseConfig, ...]
+
+    def __post_init__(self):
+        ends = [phase.until for phase in self.phases]
+        _require(
+            len(ends) > 0 and ends == sorted(set(ends)) and ends[0] > 0.0 and ends[-1] == 1.0,
+            f"ScheduleConfig: phases end at {ends}; "
+            "they must rise strictly from above 0 to exactly 1",
+        )
+
+
+def constant(value: float) -> ScheduleConfig:
+    """A schedule that never moves."""
+    return ScheduleConfig(start=value, phases=(PhaseConfig(until=1.0, value=value),))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with global-norm clipping; V3's coefficients (V3 report 4.2)."""
+
+    learning_rate: float = 2.2e-4  # the peak; `schedule` multiplies it
+    schedule: ScheduleConfig = constant(1.0)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name in ("learning_rate", "eps", "clip_norm"):
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and value > 0,
+                f"OptimizerConfig.{name} is {value}; it must be positive",
+            )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(
+                0.0 <= value < 1.0, f"OptimizerConfig.{name} is {value}; it must lie in [0, 1)"
+            )
+        _require(
+            self.weight_decay >= 0,
+            f"OptimizerConfig.weight_decay is {self.weight_decay}; it must not be negative",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Sizes are in sequences of `seq_len` tokens."""
+
+    seq_len: int
+    batch_size: int
+    total_tokens: int
+    # Sequences an `accumulate` call; None takes the whole batch at once.
+    micro_batch_size: int | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    bias_speed: ScheduleConfig = constant(1e-3)  # gamma of V3 report 2.1.2
+    balance_loss_weight: float = 1e-4  # alpha
+    mtp_loss_weight: ScheduleConfig = constant(0.3)  # lambda of V3 report 2.2
+    remat: Literal["none", "dots", "full"] = "none"
+    eval_every_steps: int = 100
+    eval_batches: int = 16  # held-out batches an evaluation; the final one takes them all
+    save_every_steps: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        _positive(self, "seq_len", "batch_size", "total_tokens", "micro_batch_size")
+        _positive(self, "eval_every_steps", "eval_batches", "save_every_steps", "keep_checkpoints")
+        _require(
+            self.seq_len >= 2,
+            f"TrainConfig.seq_len is {self.seq_len}; a next token needs at least 2",
+        )
+        micro = self.micro_batch_size or self.batch_size
+        _require(
+            self.batch_size % micro == 0,
+            f"TrainConfig: batch_size {self.batch_size} does not divide into "
+            f"micro-batches of {micro}",
+        )
+        _require(
+            self.balance_loss_weight >= 0,
+            f"TrainConfig.balance_loss_weight is {self.balance_loss_weight}",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions a step sees, padding included."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the run."""
+        return -(-self.total_tokens // self.tokens_per_step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Dtype roles: what parameters are kept in, and contractions run in; sums are float32."""
+
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides a run's numbers, save the seed."""
+
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig = DataConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+
+    def __post_init__(self):
+        _require(
+            self.train.seq_len <= self.model.max_positions,
+            f"train.seq_len {self.train.seq_len} is longer than "
+            f"model.max_positions {self.model.max_positions}",
+        )

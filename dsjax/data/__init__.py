@@ -1,0 +1,1 @@
+"""Text to batches: sources, packing, Grain pipelines. Knows nothing about models."""

@@ -1,0 +1,1 @@
+"""Prefill, decode, sampling. Knows nothing of training or HTTP."""

@@ -1,0 +1,222 @@
+"""Generation of a batch: one prefill, then one token a step over the latent cache.
+
+Knows nothing about text or training. B sequences, T prompt positions, G new positions.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from dsjax.infer.sampler import Sampling, sample
+from dsjax.model.cache import PAGE_SIZE, Cache, advance, contiguous_table, empty_latent
+from dsjax.model.transformer import Transformer, merge
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Of a batch.
+
+    Attributes:
+        tokens_BG: int32 new tokens; after a sequence's end they mean nothing.
+        log_probs_BG: float32 log probability of each, after temperature and truncation.
+        length_B: int32 new tokens of each sequence, its stop token included.
+        stopped_B: whether a stop token ended it (else its budget did).
+    """
+
+    tokens_BG: np.ndarray
+    log_probs_BG: np.ndarray
+    length_B: np.ndarray
+    stopped_B: np.ndarray
+
+
+def prepare(params: dict, bias: dict, dtype: jnp.dtype) -> tuple[dict, dict]:
+    """Casts weights for decoding, once a weight version; those of that dtype are shared.
+
+    The router's weight stays float32, and norms keep what they are kept in.
+    """
+
+    def cast(path, leaf):
+        name = jax.tree_util.keystr(path[-1:])
+        return leaf if "router" in name or "norm" in name else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params), bias
+
+
+def generate(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    bias: dict,
+    prompts: list[list[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...] = (),
+    allowed: int,
+    seed: int,
+) -> Generation:
+    """Continues a batch of prompts.
+
+    Prompt lengths and budgets are rounded up to whole pages of 64, so a handful of programs serves
+    every call of a batch size.
+
+    Args:
+        graphdef: the model's blueprint.
+        params: its weights.
+        bias: its balancing biases.
+        prompts: token ids, at least one each.
+        max_tokens: the budget of new tokens.
+        sampling: how tokens are drawn.
+        stop_ids: tokens that end a sequence.
+        allowed: ids from here on are never drawn.
+        seed: of the draws; the same seed and batch give the same tokens.
+
+    Raises:
+        ValueError: for an empty prompt or budget.
+    """
+    if max_tokens < 1 or not prompts or not all(prompts):
+        raise ValueError("generation needs a prompt of one token and a budget of one")
+    width = _whole_pages(max(map(len, prompts)))
+    tokens_BT = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens_BT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    length_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens, log_probs, count, stopped = run(
+        graphdef,
+        params,
+        bias,
+        tokens_BT,
+        length_B,
+        jax.random.key(seed),
+        jnp.float32(sampling.temperature),
+        jnp.float32(sampling.top_p),
+        jnp.asarray(stop_ids, jnp.int32),
+        jnp.int32(max_tokens),
+        budget=_whole_pages(max_tokens),
+        allowed=allowed,
+    )
+    return Generation(
+        np.asarray(tokens)[:, :max_tokens],
+        np.asarray(log_probs)[:, :max_tokens],
+        np.asarray(count),
+        np.asarray(stopped),
+    )
+
+
+def _whole_pages(positions: int) -> int:
+    return -(-positions // PAGE_SIZE) * PAGE_SIZE
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "budget", "allowed"))
+def run(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    bias: dict,
+    tokens_BT: Int[Array, "B T"],
+    length_B: Int[Array, " B"],
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""],
+    stop_ids: Int[Array, " _"],
+    max_tokens: Int[Array, ""],
+    *,
+    budget: int,
+    allowed: int,
+) -> tuple[Int[Array, "B G"], Float[Array, "B G"], Int[Array, " B"], Bool[Array, " B"]]:
+    """The program of `generate`: prefill, then a loop that ends when every sequence has.
+
+    Returns:
+        (tokens_BG, log_probs_BG, length_B, stopped_B) with G = budget.
+    """
+    model = merge(graphdef, params, bias)
+    batch, width = tokens_BT.shape
+    table_BX = contiguous_table(batch, width + budget)
+    latent = empty_latent(model.config, table_BX.size, model.precision.compute_dtype)
+    draw = functools.partial(sample, temperature=temperature, top_p=top_p, allowed=allowed)
+
+    hidden_BD, latent = prefill(model, tokens_BT, length_B, latent, table_BX)
+    logits_BV = model.logits(hidden_BD[:, None])[:, 0]
+    token_B, log_B = draw(logits_BV, jax.random.fold_in(key, 0))
+
+    def unfinished(loop):
+        step, *_, done_B = loop
+        return (step < max_tokens) & ~done_B.all()
+
+    def step(loop):
+        i, token_B, log_B, tokens_BG, log_probs_BG, latent, count_B, done_B = loop
+        tokens_BG = tokens_BG.at[:, i].set(token_B)
+        log_probs_BG = log_probs_BG.at[:, i].set(log_B)
+        count_B = count_B + ~done_B
+        done_B = done_B | (token_B[:, None] == stop_ids).any(axis=1)
+        logits_BV, latent = decode(model, token_B, length_B + i, ~done_B, latent, table_BX)
+        token_B, log_B = draw(logits_BV, jax.random.fold_in(key, i + 1))
+        return i + 1, token_B, log_B, tokens_BG, log_probs_BG, latent, count_B, done_B
+
+    tokens_BG = jnp.zeros((batch, budget), jnp.int32)
+    log_probs_BG = jnp.zeros((batch, budget), jnp.float32)
+    nothing_B = jnp.zeros((batch,), jnp.int32)
+    start = (0, token_B, log_B, tokens_BG, log_probs_BG, latent, nothing_B, nothing_B > 0)
+    *_, tokens_BG, log_probs_BG, _, count_B, done_B = jax.lax.while_loop(unfinished, step, start)
+    return tokens_BG, log_probs_BG, count_B, done_B
+
+
+def prefill(
+    model: Transformer,
+    tokens_BT: Int[Array, "B T"],
+    length_B: Int[Array, " B"],
+    latent: dict[str, Array],
+    table_BX: Int[Array, "B X"],
+) -> tuple[Float[Array, "B D"], dict[str, Array]]:
+    """Runs prompts, padded on the right, into an empty cache.
+
+    Returns:
+        (hidden_BD of each prompt's last token, the cache's arrays).
+    """
+    width = tokens_BT.shape[1]
+    pages, positions_BT = advance(table_BX, jnp.zeros_like(length_B), length_B, width)
+    output = model(
+        tokens_BT,
+        positions_BT=positions_BT,
+        segments_BT=(positions_BT >= 0).astype(jnp.int32),
+        cache=Cache(latent, pages, fresh=True),
+    )
+    assert output.cache is not None  # it was given one
+    last_B11 = (length_B - 1)[:, None, None]
+    hidden_BD = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)[:, 0]
+    return hidden_BD, output.cache.latent
+
+
+def decode(
+    model: Transformer,
+    token_B: Int[Array, " B"],
+    cached_B: Int[Array, " B"],
+    running_B: Bool[Array, " B"],
+    latent: dict[str, Array],
+    table_BX: Int[Array, "B X"],
+) -> tuple[Float[Array, "B V"], dict[str, Array]]:
+    """Runs one new token of each running sequence.
+
+    Args:
+        model: the model.
+        token_B: int32 tokens to run.
+        cached_B: int32 positions cached before.
+        running_B: bool; a finished sequence writes nothing and reaches no expert.
+        latent: the cache's arrays.
+        table_BX: their pages.
+
+    Returns:
+        (logits_BV of the next token, the cache's arrays).
+    """
+    pages, positions_B1 = advance(table_BX, cached_B, running_B.astype(jnp.int32), 1)
+    output = model(
+        token_B[:, None],
+        positions_BT=positions_B1,
+        segments_BT=running_B[:, None].astype(jnp.int32),
+        cache=Cache(latent, pages),
+    )
+    assert output.cache is not None  # it was given one
+    return model.logits(output.hidden_BTD)[:, 0], output.cache.latent

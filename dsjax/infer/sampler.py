@@ -1,0 +1,73 @@
+"""From logits to a token: temperature, top-p, or the best one.
+
+Knows nothing about models. B sequences, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dsjax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the best token. R1 recommends 0.6.
+        top_p: keeps the smallest set of tokens with at least this probability. R1 recommends 0.95.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; it must be finite and at least 0")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+
+
+def sample(
+    logits_BV: Float[Array, "B V"],
+    key: PRNGKeyArray,
+    *,
+    temperature: Float[Array, ""] | float,
+    top_p: Float[Array, ""] | float,
+    allowed: int,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draws one token a sequence.
+
+    Args:
+        logits_BV: float32.
+        key: of this draw.
+        temperature: 0 takes the best token; may be traced, so that it needs no new compilation.
+        top_p: may be traced.
+        allowed: ids from here on are never drawn (rows of the embedding that no token uses).
+
+    Returns:
+        (tokens int32, their log probability float32 after temperature and truncation).
+    """
+    vocab = logits_BV.shape[-1]
+    logits_BV = jnp.where(jnp.arange(vocab) < allowed, logits_BV.astype(jnp.float32), -jnp.inf)
+    greedy = jnp.asarray(temperature) == 0.0
+    log_BV = jax.nn.log_softmax(logits_BV / jnp.where(greedy, 1.0, temperature), axis=-1)
+    log_BV = jax.lax.cond(
+        jnp.asarray(top_p) < 1.0, lambda x: _truncate(x, top_p), lambda x: x, log_BV
+    )
+    drawn_B = jax.random.categorical(key, log_BV, axis=-1)
+    token_B = jnp.where(greedy, jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
+    log_B = jnp.take_along_axis(log_BV, token_B[:, None], axis=-1)[:, 0]
+    return token_B, jnp.where(greedy, 0.0, log_B)
+
+
+def _truncate(log_BV: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """Keeps the best tokens until their probability reaches `top_p`, and renormalises."""
+    sorted_BV = -jnp.sort(-log_BV, axis=-1)
+    before_BV = jnp.cumsum(jnp.exp(sorted_BV), axis=-1) - jnp.exp(sorted_BV)
+    lowest_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    kept_BV = jnp.where(log_BV >= lowest_B1, log_BV, -jnp.inf)
+    return jax.nn.log_softmax(kept_BV, axis=-1)

@@ -1,0 +1,1 @@
+"""Formats of the outside world: tokenizers, Hugging Face checkpoints. Knows nothing of training."""

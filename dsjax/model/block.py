@@ -1,0 +1,95 @@
+"""One pre-norm transformer block: attention, then a dense or expert feed-forward layer.
+
+Knows nothing about stacks. B sequences, T positions, D width.
+"""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
+
+from dsjax.config import BlockConfig, ModelConfig, MoeConfig, RopeConfig
+from dsjax.model import rope
+from dsjax.model.cache import Pages
+from dsjax.model.layers import SwiGlu, norm_scale, rms_norm
+from dsjax.model.mla import MultiHeadLatentAttention
+from dsjax.model.moe import MixtureOfExperts, MoeAux
+from dsjax.precision import Precision
+from sharding.rules import AxisRules
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        model: ModelConfig,
+        *,
+        precision: Precision,
+        rules: AxisRules,
+        key: PRNGKeyArray,
+    ):
+        self.norm_eps = model.norm_eps
+        self.rope = config.attention.rope
+        key_attention, key_ffn = jax.random.split(key)
+        d, shared = model.embed_dim, {"std": model.init_std, "precision": precision, "rules": rules}
+        self.attention_norm_D = norm_scale(d, "act_embed", precision)
+        self.attention = MultiHeadLatentAttention(config.attention, d, key=key_attention, **shared)
+        self.ffn_norm_D = norm_scale(d, "act_embed", precision)
+        self.ffn: MixtureOfExperts | SwiGlu
+        if isinstance(config.ffn, MoeConfig):
+            self.ffn = MixtureOfExperts(config.ffn, d, key=key_ffn, **shared)
+        else:
+            self.ffn = SwiGlu(d, config.ffn.hidden_dim, key=key_ffn, **shared)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        turns: dict[RopeConfig, rope.Rotation],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        latent_LXSZ: Float[Array, "L X S Z"] | None = None,
+        layer: Int[Array, ""] | None = None,
+        pages: Pages | None = None,
+        fresh: bool = True,
+        bias_E: Float[Array, " E"] | None = None,
+        routing_BTK: UInt16[Array, "B T K"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L X S Z"] | None, MoeAux | None]:
+        """Runs the block.
+
+        Args:
+            x_BTD: hidden states.
+            turns: the rotation of each RopeConfig in the model.
+            positions_BT: see `MultiHeadLatentAttention`, as are segments, latent, layer, pages and
+                fresh.
+            segments_BT: documents of a packed row; 0 is padding.
+            latent_LXSZ: the stack's cache, or None.
+            layer: this block's layer of the cache.
+            pages: places in the cache.
+            fresh: nothing is cached before these positions.
+            bias_E: balancing bias of the router.
+            routing_BTK: expert choices to replay.
+
+        Returns:
+            (hidden states, the cache, what the experts tell or None for a dense layer).
+        """
+        normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps)
+        attended_BTD, latent_LXSZ = self.attention(
+            normed_BTD,
+            turn=turns[self.rope],
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            latent_LXSZ=latent_LXSZ,
+            layer=layer,
+            pages=pages,
+            fresh=fresh,
+        )
+        x_BTD = x_BTD + attended_BTD
+        normed_BTD = rms_norm(x_BTD, self.ffn_norm_D[...], self.norm_eps)
+        if isinstance(self.ffn, SwiGlu):
+            return x_BTD + self.ffn(normed_BTD), latent_LXSZ, None
+        y_BTD, aux = self.ffn(
+            normed_BTD, bias_E=bias_E, segments_BT=segments_BT, routing_BTK=routing_BTK
+        )
+        return x_BTD + y_BTD, latent_LXSZ, aux

@@ -1,0 +1,143 @@
+"""Fine-grained mixture of experts: route, dispatch, run the experts, sum, add the shared ones.
+
+Knows nothing about attention, or about where the balancing bias is kept.
+Source: DeepSeek-V3 report, section 2.1.2 (DeepSeekMoE).
+
+B sequences, T positions, U = B * T tokens, D width, F expert width, E experts, K experts a token,
+X rows of the dispatch buffer.
+"""
+
+import dataclasses
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
+
+from dsjax.config import MoeConfig
+from dsjax.model import router
+from dsjax.model.layers import SwiGlu, swiglu, weight
+from dsjax.precision import Precision
+from sharding.dispatch import combine, dispatch
+from sharding.rules import AxisRules
+
+
+@no_type_check  # its leaves may be shapes, shardings or flags
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoeAux:
+    """What one MoE layer tells.
+
+    Attributes:
+        load_E: int32 tokens each expert received; padding sends none.
+        balance: float32 scalar, the balance statistic summed over rows (without alpha).
+        routing_BTK: uint16 chosen experts.
+    """
+
+    load_E: Array
+    balance: Array
+    routing_BTK: Array
+
+
+class MixtureOfExperts(nnx.Module):
+    """Routed experts, dropless through one grouped matmul, and shared experts beside them."""
+
+    def __init__(
+        self,
+        config: MoeConfig,
+        embed_dim: int,
+        *,
+        std: float,
+        precision: Precision,
+        rules: AxisRules,
+        key: PRNGKeyArray,
+    ):
+        self.config, self.precision, self.rules = config, precision, rules
+        e, f = config.num_experts, config.expert_dim
+        key_router, key_in, key_down, key_shared = jax.random.split(key, 4)
+        # The router's weight stays float32 whatever the others are kept in (V3 report, 3.3).
+        values = std * jax.random.normal(key_router, (embed_dim, e), jnp.float32)
+        self.w_router_DE = nnx.Param(values, axes=("embed", None))
+        self.w_in_ED2F = weight(
+            key_in,
+            (e, embed_dim, 2 * f),
+            ("experts", "embed", "expert_mlp"),
+            std=std,
+            precision=precision,
+        )
+        self.w_down_EFD = weight(
+            key_down,
+            (e, f, embed_dim),
+            ("experts", "expert_mlp", "embed"),
+            std=std,
+            precision=precision,
+        )
+        if config.num_shared_experts:
+            self.shared = SwiGlu(
+                embed_dim,
+                config.num_shared_experts * f,
+                std=std,
+                precision=precision,
+                rules=rules,
+                key=key_shared,
+            )
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        bias_E: Float[Array, " E"] | None,
+        segments_BT: Int[Array, "B T"],
+        routing_BTK: UInt16[Array, "B T K"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], MoeAux]:
+        """Sends each token to K experts.
+
+        Args:
+            x_BTD: normed hidden states.
+            bias_E: balancing bias, for selection only.
+            segments_BT: 0 marks padding, which goes to no expert.
+            routing_BTK: replays these choices; gates still come from the current scores.
+
+        Returns:
+            (output, what the layer tells).
+        """
+        config = self.config
+        b, t, d = x_BTD.shape
+        logits_BTE = self.precision.linear(
+            x_BTD, self.w_router_DE[...], "btd,de->bte", role="router"
+        )
+        scores_BTE = router.affinities(logits_BTE, config)
+        scores_UE = scores_BTE.reshape(b * t, -1)
+        real_BT = segments_BT != 0
+        if routing_BTK is None:
+            expert_UK = router.select(scores_UE, bias_E, config)
+        else:
+            expert_UK = routing_BTK.reshape(b * t, -1).astype(jnp.int32)
+        gates_UK = router.gates(scores_UE, expert_UK, config)
+
+        sent_UK = jnp.where(real_BT.reshape(-1, 1), expert_UK, config.num_experts)
+        x_XD, gates_X, load_E, plan = dispatch(
+            x_BTD.reshape(b * t, d), gates_UK, sent_UK, num_experts=config.num_experts
+        )
+        y_XD = self._experts(x_XD, gates_X, plan.tile_expert)
+        y_BTD = combine(y_XD, plan).reshape(b, t, d)
+        if config.num_shared_experts:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        aux = MoeAux(
+            load_E=load_E,
+            balance=router.balance_loss(scores_BTE, real_BT, config).sum(),
+            routing_BTK=expert_UK.reshape(b, t, -1).astype(jnp.uint16),
+        )
+        return y_BTD, aux
+
+    def _experts(self, x_XD, gates_X, tile_expert):
+        """Runs each row's expert and applies its gate.
+
+        The gate multiplies the hidden vector, which is the same by linearity and needs no output
+        kept for its gradient.
+        """
+        linear = self.precision.grouped_linear
+        hidden_XF = swiglu(linear(x_XD, self.w_in_ED2F[...], tile_expert))
+        hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
+        return linear(hidden_XF, self.w_down_EFD[...], tile_expert)

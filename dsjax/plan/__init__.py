@@ -1,0 +1,1 @@
+"""Figures known before a device is touched: parameters, bytes. Knows nothing about running."""

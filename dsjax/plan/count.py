@@ -1,0 +1,72 @@
+"""How many parameters a configuration has, and how many bytes of cache a token costs it.
+
+Knows nothing about devices: it reads the shapes of a model that is never made, so 671 billion
+parameters are counted in a fraction of a second.
+
+D model width, E experts, K experts a token, V vocabulary, C key/value latent, R rope width.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.config import Config, ModelConfig, MoeConfig
+from dsjax.model.cache import PAGE_SIZE, empty_latent
+from dsjax.model.transformer import build
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Trained numbers of a model; the routers' balancing biases, which are not, are left out.
+
+    Attributes:
+        total: of the main model, embedding and head included, MTP not.
+        mtp: of the prediction modules, which share the main model's embedding and head.
+        active: what one token is multiplied with: `total` without the embedding, which is looked
+            up, and with K of every layer's E routed experts.
+        embedding: V * D, of the embedding alone.
+    """
+
+    total: int
+    mtp: int
+    active: int
+    embedding: int
+
+
+def parameter_counts(config: Config) -> ParameterCounts:
+    """Counts the parameters of a configuration from abstract shapes; allocates nothing."""
+    blueprint = jax.eval_shape(build(config), jax.random.key(0))
+    blocks = {stack.name: stack.blocks for stack in config.model.stacks}
+    total = mtp = idle = embedding = 0
+    for path, variable in nnx.to_flat_state(nnx.state(blueprint, nnx.Param)):
+        size = math.prod(variable.shape)
+        if path[0] == "mtp_modules":
+            mtp += size
+            continue
+        total += size
+        if path[0] == "embed_VD":
+            embedding = size
+        if "experts" in variable.get_metadata()["axes"]:
+            _, stack, index, *_ = path
+            assert isinstance(stack, str)
+            assert isinstance(index, int)
+            ffn = blocks[stack][index].ffn
+            assert isinstance(ffn, MoeConfig)
+            idle += size // ffn.num_experts * (ffn.num_experts - ffn.num_experts_per_token)
+    return ParameterCounts(
+        total=total, mtp=mtp, active=total - idle - embedding, embedding=embedding
+    )
+
+
+def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float) -> float:
+    """Bytes that one cached token takes in all layers: (C + R) numbers a layer; MTP caches none.
+
+    Args:
+        config: the model.
+        bytes_per_number: 2 for bfloat16; V2's published figure has 0.75, six bits.
+    """
+    page = jax.eval_shape(lambda: empty_latent(config, 1, jnp.bfloat16))
+    return sum(math.prod(leaf.shape) for leaf in page.values()) // PAGE_SIZE * bytes_per_number

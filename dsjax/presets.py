@@ -1,0 +1,393 @@
+"""The published models and the small ones, as configurations.
+
+Numbers come from the reports and from the published `config.json` files; nothing in the code asks
+for a preset's name.
+"""
+
+from collections.abc import Callable
+
+from dsjax.config import (
+    BlockConfig,
+    Config,
+    MlaConfig,
+    ModelConfig,
+    MoeConfig,
+    MtpConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    PrecisionConfig,
+    RopeConfig,
+    ScheduleConfig,
+    StackConfig,
+    SwiGluConfig,
+    TrainConfig,
+    YarnConfig,
+)
+from dsjax.errors import InputError, nearest
+
+V3_TOKENS = 14.8e12
+
+
+def v3_learning_rate(warmup: float = 2000 * 3072 * 4096 / V3_TOKENS) -> ScheduleConfig:
+    """V3's five phases (report 4.2) as a multiple of the peak, over the share of tokens seen.
+
+    0 to the peak in 2K steps, constant to 10T tokens, cosine to a tenth over 4.3T, a tenth for
+    333B, then 7.3e-6 (of 2.2e-4) for 167B.
+
+    Args:
+        warmup: share of the run; short runs want more than V3's 0.0017.
+    """
+    return ScheduleConfig(
+        start=0.0,
+        phases=(
+            PhaseConfig(until=warmup, value=1.0, shape="linear"),
+            PhaseConfig(until=10e12 / V3_TOKENS, value=1.0),
+            PhaseConfig(until=14.3e12 / V3_TOKENS, value=0.1, shape="cosine"),
+            PhaseConfig(until=14.633e12 / V3_TOKENS, value=0.1),
+            PhaseConfig(until=1.0, value=7.3e-6 / 2.2e-4),
+        ),
+    )
+
+
+def v3_bias_speed() -> ScheduleConfig:
+    """Gamma 1e-3 for 14.3T tokens, then 0 (V3 report 4.2)."""
+    return ScheduleConfig(
+        start=1e-3,
+        phases=(
+            PhaseConfig(until=14.3e12 / V3_TOKENS, value=1e-3),
+            PhaseConfig(until=1.0, value=0.0),
+        ),
+    )
+
+
+def v3_mtp_weight() -> ScheduleConfig:
+    """Lambda 0.3 for 10T tokens, then 0.1 (V3 report 4.2)."""
+    return ScheduleConfig(
+        start=0.3,
+        phases=(
+            PhaseConfig(until=10e12 / V3_TOKENS, value=0.3),
+            PhaseConfig(until=1.0, value=0.1),
+        ),
+    )
+
+
+def _dense_then_experts(
+    attention: MlaConfig, *, dense_layers: int, dense_dim: int, moe_layers: int, moe: MoeConfig
+) -> tuple[StackConfig, StackConfig]:
+    """DeepSeek's two stacks: a few dense layers, then experts."""
+    dense = BlockConfig(attention=attention, ffn=SwiGluConfig(hidden_dim=dense_dim))
+    experts = BlockConfig(attention=attention, ffn=moe)
+    return (
+        StackConfig(name="dense", repeats=dense_layers, blocks=(dense,)),
+        StackConfig(name="moe", repeats=moe_layers, blocks=(experts,)),
+    )
+
+
+def _v2_yarn() -> RopeConfig:
+    return RopeConfig(
+        yarn=YarnConfig(
+            factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=0.707
+        )
+    )
+
+
+def deepseek_v2_lite() -> Config:
+    """DeepSeek-V2-Lite, 15.7B with 2.4B active (V2 report, appendix B)."""
+    attention = MlaConfig(
+        num_heads=16,
+        q_latent_dim=None,
+        kv_latent_dim=512,
+        nope_dim=128,
+        rope_dim=64,
+        value_dim=128,
+        rope=_v2_yarn(),
+    )
+    moe = MoeConfig(
+        num_experts=64,
+        num_experts_per_token=6,
+        expert_dim=1408,
+        num_shared_experts=2,
+        score="softmax",
+        group_score="max",
+        normalize_gates=False,
+        gate_scale=1.0,
+        balance_bias=False,
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=102_400,
+            embed_dim=2048,
+            stacks=_dense_then_experts(
+                attention, dense_layers=1, dense_dim=10_944, moe_layers=26, moe=moe
+            ),
+            max_positions=163_840,
+        ),
+        train=TrainConfig(
+            seq_len=4096,
+            batch_size=4608,
+            total_tokens=5_700_000_000_000,
+            optimizer=OptimizerConfig(
+                learning_rate=4.2e-4, schedule=_v2_learning_rate(), moment_dtype="bfloat16"
+            ),
+        ),
+        precision=PrecisionConfig(compute_dtype="bfloat16"),
+    )
+
+
+def _v2_learning_rate() -> ScheduleConfig:
+    """Warm-up, then the peak times 0.316 at 60% and again at 90% of the tokens (V2 3.1.2)."""
+    return ScheduleConfig(
+        start=0.0,
+        phases=(
+            PhaseConfig(until=2000 * 2304 * 4096 / 8.1e12, value=1.0, shape="linear"),
+            PhaseConfig(until=0.6, value=1.0),
+            PhaseConfig(until=0.9, value=0.316),
+            PhaseConfig(until=1.0, value=0.316**2),
+        ),
+    )
+
+
+def deepseek_v2() -> Config:
+    """DeepSeek-V2, 236B with 21B active (V2 report, 3.1.2)."""
+    attention = MlaConfig(
+        num_heads=128,
+        q_latent_dim=1536,
+        kv_latent_dim=512,
+        nope_dim=128,
+        rope_dim=64,
+        value_dim=128,
+        rope=_v2_yarn(),
+    )
+    moe = MoeConfig(
+        num_experts=160,
+        num_experts_per_token=6,
+        expert_dim=1536,
+        num_shared_experts=2,
+        num_groups=8,
+        groups_per_token=3,
+        score="softmax",
+        group_score="max",
+        normalize_gates=False,
+        gate_scale=16.0,
+        balance_bias=False,
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=102_400,
+            embed_dim=5120,
+            stacks=_dense_then_experts(
+                attention, dense_layers=1, dense_dim=12_288, moe_layers=59, moe=moe
+            ),
+            max_positions=163_840,
+        ),
+        train=TrainConfig(
+            seq_len=4096,
+            batch_size=9216,
+            total_tokens=8_100_000_000_000,
+            optimizer=OptimizerConfig(
+                learning_rate=2.4e-4, schedule=_v2_learning_rate(), moment_dtype="bfloat16"
+            ),
+        ),
+        precision=PrecisionConfig(compute_dtype="bfloat16"),
+    )
+
+
+def deepseek_v3() -> Config:
+    """DeepSeek-V3, 671B with 37B active (V3 report, 4.2); R1, V3-0324 and V3.1 share it."""
+    attention = MlaConfig(
+        num_heads=128,
+        q_latent_dim=1536,
+        kv_latent_dim=512,
+        nope_dim=128,
+        rope_dim=64,
+        value_dim=128,
+        rope=RopeConfig(yarn=YarnConfig(factor=40.0, original_max_positions=4096)),
+    )
+    moe = MoeConfig(
+        num_experts=256,
+        num_experts_per_token=8,
+        expert_dim=2048,
+        num_groups=8,
+        groups_per_token=4,
+        gate_scale=2.5,
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=129_280,
+            embed_dim=7168,
+            stacks=_dense_then_experts(
+                attention, dense_layers=3, dense_dim=18_432, moe_layers=58, moe=moe
+            ),
+            mtp=MtpConfig(depth=1, block=BlockConfig(attention=attention, ffn=moe)),
+            max_positions=163_840,
+        ),
+        train=TrainConfig(
+            seq_len=4096,
+            batch_size=15_360,
+            total_tokens=14_800_000_000_000,
+            optimizer=OptimizerConfig(
+                learning_rate=2.2e-4, schedule=v3_learning_rate(), moment_dtype="bfloat16"
+            ),
+            bias_speed=v3_bias_speed(),
+            mtp_loss_weight=v3_mtp_weight(),
+            remat="full",
+        ),
+        precision=PrecisionConfig(compute_dtype="bfloat16"),
+    )
+
+
+def nano() -> Config:
+    """A V3 in miniature that runs in seconds: every part present, for tests."""
+    attention = MlaConfig(
+        num_heads=2, q_latent_dim=24, kv_latent_dim=16, nope_dim=16, rope_dim=8, value_dim=16
+    )
+    moe = MoeConfig(
+        num_experts=8,
+        num_experts_per_token=2,
+        expert_dim=32,
+        num_groups=4,
+        groups_per_token=2,
+        gate_scale=2.5,
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=512,
+            embed_dim=32,
+            stacks=_dense_then_experts(
+                attention, dense_layers=1, dense_dim=64, moe_layers=2, moe=moe
+            ),
+            mtp=MtpConfig(depth=1, block=BlockConfig(attention=attention, ffn=moe)),
+            init_std=0.05,
+        ),
+        train=TrainConfig(
+            seq_len=64,
+            batch_size=8,
+            total_tokens=20 * 8 * 64,
+            optimizer=OptimizerConfig(learning_rate=3e-3, schedule=v3_learning_rate(warmup=0.1)),
+            bias_speed=v3_bias_speed(),
+            mtp_loss_weight=v3_mtp_weight(),
+            eval_every_steps=10,
+            eval_batches=2,
+            save_every_steps=10,
+        ),
+    )
+
+
+def tiny() -> Config:
+    """The demonstration: learns real text on two cores in minutes."""
+    attention = MlaConfig(
+        num_heads=4, q_latent_dim=96, kv_latent_dim=64, nope_dim=32, rope_dim=16, value_dim=32
+    )
+    moe = MoeConfig(
+        num_experts=16,
+        num_experts_per_token=4,
+        expert_dim=96,
+        num_groups=4,
+        groups_per_token=2,
+        gate_scale=2.5,
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=2048,
+            embed_dim=128,
+            stacks=_dense_then_experts(
+                attention, dense_layers=1, dense_dim=512, moe_layers=3, moe=moe
+            ),
+            mtp=MtpConfig(depth=1, block=BlockConfig(attention=attention, ffn=moe)),
+            init_std=0.02,
+        ),
+        train=TrainConfig(
+            seq_len=256,
+            batch_size=8,
+            total_tokens=3_000_000,
+            optimizer=OptimizerConfig(learning_rate=3e-3, schedule=v3_learning_rate(warmup=0.03)),
+            bias_speed=v3_bias_speed(),
+            mtp_loss_weight=v3_mtp_weight(),
+        ),
+    )
+
+
+def v3_20m() -> Config:
+    """The benchmark's shape: 20M parameters, every part of V3 but MTP and YaRN."""
+    attention = MlaConfig(
+        num_heads=4, q_latent_dim=96, kv_latent_dim=64, nope_dim=32, rope_dim=16, value_dim=32
+    )
+    moe = MoeConfig(
+        num_experts=32,
+        num_experts_per_token=4,
+        expert_dim=128,
+        num_groups=4,
+        groups_per_token=2,
+        gate_scale=2.5,
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=4096,
+            embed_dim=256,
+            stacks=_dense_then_experts(
+                attention, dense_layers=1, dense_dim=704, moe_layers=5, moe=moe
+            ),
+            init_std=0.02,
+        ),
+        train=TrainConfig(
+            seq_len=512,
+            batch_size=8,
+            total_tokens=20_000_000,
+            optimizer=OptimizerConfig(learning_rate=1e-3, schedule=v3_learning_rate(warmup=0.02)),
+        ),
+    )
+
+
+def small() -> Config:
+    """About 100M active parameters: a day's experiment on one GPU."""
+    attention = MlaConfig(
+        num_heads=8, q_latent_dim=384, kv_latent_dim=256, nope_dim=64, rope_dim=32, value_dim=64
+    )
+    moe = MoeConfig(
+        num_experts=64,
+        num_experts_per_token=6,
+        expert_dim=256,
+        num_groups=8,
+        groups_per_token=4,
+        gate_scale=2.5,
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=32_768,
+            embed_dim=768,
+            stacks=_dense_then_experts(
+                attention, dense_layers=1, dense_dim=2048, moe_layers=11, moe=moe
+            ),
+            mtp=MtpConfig(depth=1, block=BlockConfig(attention=attention, ffn=moe)),
+            init_std=0.006,
+        ),
+        train=TrainConfig(
+            seq_len=2048,
+            batch_size=64,
+            micro_batch_size=16,
+            total_tokens=3_000_000_000,
+            optimizer=OptimizerConfig(learning_rate=6e-4, schedule=v3_learning_rate(warmup=0.01)),
+            bias_speed=v3_bias_speed(),
+            mtp_loss_weight=v3_mtp_weight(),
+            remat="dots",
+        ),
+        precision=PrecisionConfig(compute_dtype="bfloat16"),
+    )
+
+
+def presets() -> dict[str, Callable[[], Config]]:
+    """Every preset by name."""
+    known = (deepseek_v2_lite, deepseek_v2, deepseek_v3, nano, tiny, v3_20m, small)
+    return {make.__name__: make for make in known}
+
+
+def preset(name: str) -> Config:
+    """Returns the preset of that name.
+
+    Raises:
+        InputError: for an unknown name, with the nearest known one.
+    """
+    known = presets()
+    if name not in known:
+        raise InputError(f"unknown preset '{name}'{nearest(name, known)}")
+    return known[name]()

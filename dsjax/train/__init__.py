@@ -1,0 +1,1 @@
+"""Training: state, loss, optimizer, schedule, step, loop, metrics. Knows nothing of serving."""

@@ -1,0 +1,266 @@
+"""Losses over packed batches: next-token cross entropy in chunks, MTP, sequence-wise balance.
+
+Knows nothing about optimizers or micro-batches: denominators come from the whole batch, so
+micro-batches and devices only sum.
+
+B sequences, T positions, U tokens, D width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import Config, ScheduleConfig
+from dsjax.model.mtp import depth_segments
+from dsjax.model.transformer import Transformer
+from dsjax.precision import Precision
+from dsjax.train.schedule import value_at
+
+Batch = dict[str, Array]  # tokens_BT targets_BT segments_BT positions_BT weights_BT, and more
+
+# Logits a chunk: 32 MiB in float32, a few times a CPU's cache and enough to fill an accelerator.
+CHUNK_LOGITS = 1 << 23
+
+
+@no_type_check  # its leaves may be shapes, shardings or flags
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What a loss divides by and weighs with, from the whole global batch and the run's progress.
+
+    Attributes:
+        weight: float32, the sum of the target weights.
+        rows: float32, rows that hold a token.
+        mtp_weight: float32 [M], the target weights that each MTP depth keeps.
+        mtp_rows: float32 [M], rows that hold a token for each MTP depth.
+        mtp_scale: float32, lambda.
+    """
+
+    weight: Array | np.ndarray
+    rows: Array | np.ndarray
+    mtp_weight: Array | np.ndarray
+    mtp_rows: Array | np.ndarray
+    mtp_scale: Array | np.ndarray
+
+
+@no_type_check  # its leaves may be shapes, shardings or flags
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossAux:
+    """What a loss tells beside its value: metrics that sum, and expert loads by stack."""
+
+    metrics: dict[str, Array]
+    load: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainLoss:
+    """Cross entropy of the next token, plus lambda * MTP, plus alpha * balance.
+
+    Source: V3 report, equations 17-20 (balance) and 24-25 (MTP).
+    """
+
+    mtp_depth: int
+    mtp_scale: ScheduleConfig
+    balance_weight: float
+
+    @classmethod
+    def of(cls, config: Config) -> "PretrainLoss":
+        """The loss that a configuration describes."""
+        return cls(
+            mtp_depth=config.model.mtp.depth if config.model.mtp else 0,
+            mtp_scale=config.train.mtp_loss_weight,
+            balance_weight=config.train.balance_loss_weight,
+        )
+
+    def totals(self, batch: Mapping[str, Array | np.ndarray], progress: float) -> Totals:
+        """Denominators of a whole batch, on the host.
+
+        Args:
+            batch: NumPy arrays, before it is cut into micro-batches.
+            progress: share of the run's tokens seen.
+        """
+        segments_BT = np.asarray(batch["segments_BT"])
+        weights_BT = np.asarray(batch["weights_BT"], np.float32)
+        depths = range(self.mtp_depth)
+        mtp_segments = [np.asarray(depth_segments(segments_BT, k)) for k in depths]
+        kept = [np.asarray(_mtp_weights(weights_BT, k)) for k in depths]
+
+        def at_least_one(values):
+            return np.asarray(np.maximum(np.asarray(values, np.float32), 1.0))
+
+        return Totals(
+            weight=at_least_one(weights_BT.sum(dtype=np.float64)),
+            rows=at_least_one((segments_BT != 0).any(axis=1).sum()),
+            mtp_weight=at_least_one([w.sum(dtype=np.float64) for w in kept]),
+            mtp_rows=at_least_one([(s != 0).any(axis=1).sum() for s in mtp_segments]),
+            mtp_scale=np.asarray(value_at(self.mtp_scale, progress)),
+        )
+
+    def __call__(
+        self, model: Transformer, batch: Batch, totals: Totals
+    ) -> tuple[Float[Array, ""], LossAux]:
+        """Loss of a micro-batch, already divided by the totals of its batch.
+
+        Returns:
+            (scalar to differentiate; metrics `loss`, `loss_mtp`, `loss_balance`, `loss_total` in
+            nats a token, the first three before their weights; expert loads by stack).
+        """
+        segments_BT, positions_BT = batch["segments_BT"], batch["positions_BT"]
+        targets_BT, weights_BT = batch["targets_BT"], batch["weights_BT"]
+        output = model(batch["tokens_BT"], positions_BT=positions_BT, segments_BT=segments_BT)
+        loss = _mean_cross_entropy(model, output.hidden_BTD, targets_BT, weights_BT, totals.weight)
+        balance = _sum(output.aux.balance) / totals.rows
+        load = dict(output.aux.load)
+        hidden_BTD, loss_mtp, mtp_load = output.hidden_BTD, jnp.float32(0.0), []
+        for k in range(self.mtp_depth):
+            hidden_BTD, aux = model.mtp(
+                k,
+                hidden_BTD,
+                _shift(targets_BT, k),
+                positions_BT=positions_BT,
+                segments_BT=depth_segments(segments_BT, k),
+            )
+            loss_mtp = loss_mtp + _mean_cross_entropy(
+                model,
+                hidden_BTD,
+                _shift(targets_BT, k + 1),
+                _mtp_weights(weights_BT, k),
+                totals.mtp_weight[k] * self.mtp_depth,
+            )
+            balance = balance + _sum(aux.balance) / totals.mtp_rows[k]
+            mtp_load += list(aux.load.values())
+        if mtp_load:
+            load["mtp"] = jnp.concatenate(mtp_load)
+        total = loss + totals.mtp_scale * loss_mtp + self.balance_weight * balance
+        metrics = {"loss": loss, "loss_balance": balance, "loss_total": total}
+        if self.mtp_depth:
+            metrics["loss_mtp"] = loss_mtp
+        return total, LossAux(metrics, load)
+
+
+def next_token_loss(model: Transformer, batch: Batch) -> Float[Array, ""]:
+    """Sum over a batch of the weighted cross entropies of the next token, in nats."""
+    output = model(
+        batch["tokens_BT"], positions_BT=batch["positions_BT"], segments_BT=batch["segments_BT"]
+    )
+    return _mean_cross_entropy(
+        model, output.hidden_BTD, batch["targets_BT"], batch["weights_BT"], 1.0
+    )
+
+
+def _shift(x_BT, steps: int):
+    """Moves a row `steps` to the left, zeros behind."""
+    return jnp.pad(x_BT[:, steps:], ((0, 0), (0, steps)))
+
+
+def _mtp_weights(weights_BT, depth: int):
+    """Weight of target i + 2 + depth at position i: every token on the way must be a target."""
+    kept_BT = weights_BT
+    for k in range(1, depth + 2):
+        kept_BT = kept_BT * (_shift(weights_BT, k) > 0)
+    return kept_BT
+
+
+def _sum(by_stack: dict[str, Array]) -> Array:
+    return sum((values.sum() for values in by_stack.values()), jnp.float32(0.0))
+
+
+def _mean_cross_entropy(model, hidden_BTD, targets_BT, weights_BT, denominator):
+    hidden_UD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    head_DV = model.head_DV[...]
+    weights_U = weights_BT.reshape(-1) / denominator
+    return cross_entropy(model.precision, hidden_UD, head_DV, targets_BT.reshape(-1), weights_U)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cross_entropy(
+    precision: Precision,
+    hidden_UD: Float[Array, "U D"],
+    head_DV: Float[Array, "D V"],
+    targets_U: Int[Array, " U"],
+    weights_U: Float[Array, " U"],
+) -> Float[Array, ""]:
+    """Weighted sum of cross entropies; [U, V] logits are never whole.
+
+    Differentiated, each chunk's logits give the loss and both gradients at once, so nothing is
+    computed twice: three matrix products in all.
+
+    Args:
+        precision: runs the head's contraction.
+        hidden_UD: after the final norm.
+        head_DV: the head.
+        targets_U: int32 next tokens.
+        weights_U: float32; 0 leaves a token out. No gradient.
+
+    Returns:
+        float32 scalar, nats.
+    """
+    chunks = _chunks(hidden_UD, head_DV, targets_U, weights_U)
+
+    def chunk(total, x):
+        return total + _chunk_loss(precision, head_DV, *x)[0], None
+
+    return jax.lax.scan(chunk, jnp.float32(0.0), chunks)[0]
+
+
+def _chunks(hidden_UD, head_DV, targets_U, weights_U):
+    """Cuts tokens into equal chunks, padded with weight 0."""
+    tokens = hidden_UD.shape[0]
+    count = max(1, -(-tokens * head_DV.shape[1] // CHUNK_LOGITS))
+    pad = -tokens % count
+
+    def cut(x):
+        return jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(count, -1, *x.shape[1:])
+
+    return cut(hidden_UD), cut(targets_U), cut(weights_U)
+
+
+def _chunk_loss(precision, head_DV, hidden_UD, targets_U, weights_U):
+    """Loss of a chunk, and what its gradient needs."""
+    logits_UV, pullback = jax.vjp(
+        lambda h, w: precision.linear(h, w, "ud,dv->uv", role="head"), hidden_UD, head_DV
+    )
+    top_U = logits_UV.max(axis=-1)
+    exp_UV = jnp.exp(logits_UV - top_U[:, None])
+    sum_U = exp_UV.sum(axis=-1)
+    target_U = jnp.take_along_axis(logits_UV, targets_U[:, None], axis=-1)[:, 0]
+    loss = jnp.sum(weights_U * (top_U + jnp.log(sum_U) - target_U))
+    return loss, (pullback, exp_UV, sum_U)
+
+
+def _cross_entropy_forward(precision, hidden_UD, head_DV, targets_U, weights_U):
+    def chunk(carry, x):
+        total, d_head_DV = carry
+        _, targets, weights = x
+        loss, (pullback, exp_UV, sum_U) = _chunk_loss(precision, head_DV, *x)
+        is_target_UV = targets[:, None] == jnp.arange(head_DV.shape[1])
+        d_logits_UV = exp_UV * (weights / sum_U)[:, None]
+        d_logits_UV = d_logits_UV - jnp.where(is_target_UV, weights[:, None], 0.0)
+        d_hidden, d_head = pullback(d_logits_UV)
+        return (total + loss, d_head_DV + d_head.astype(jnp.float32)), d_hidden
+
+    chunks = _chunks(hidden_UD, head_DV, targets_U, weights_U)
+    start = jnp.float32(0.0), jnp.zeros(head_DV.shape, jnp.float32)
+    (loss, d_head_DV), d_hidden = jax.lax.scan(chunk, start, chunks)
+    d_hidden_UD = d_hidden.reshape(-1, hidden_UD.shape[1])[: hidden_UD.shape[0]]
+    return loss, (d_hidden_UD, d_head_DV.astype(head_DV.dtype), targets_U, weights_U)
+
+
+def _cross_entropy_backward(precision, saved, cotangent):
+    d_hidden_UD, d_head_DV, targets_U, weights_U = saved
+    return (
+        (d_hidden_UD * cotangent).astype(d_hidden_UD.dtype),
+        (d_head_DV * cotangent).astype(d_head_DV.dtype),
+        np.zeros(targets_U.shape, jax.dtypes.float0),
+        jnp.zeros_like(weights_U),
+    )
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -1,0 +1,145 @@
+"""The one train step, in two programs: `accumulate` a micro-batch, `apply` the sum.
+
+Serves every loss of the form `loss(model, batch, totals) -> (scalar, LossAux)`: pretraining, SFT,
+distillation, GRPO. Knows nothing about what a batch holds beyond its leading dimension.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsjax.config import ScheduleConfig
+from dsjax.model.router import health, update_bias
+from dsjax.model.transformer import Transformer, merge
+from dsjax.train.loss import LossAux
+from dsjax.train.schedule import value_at
+from dsjax.train.state import TrainState
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What a step differentiates."""
+
+    def totals(self, batch: dict, progress: float) -> Any:
+        """Denominators of the whole batch, on the host."""
+
+    def __call__(self, model: Transformer, batch: dict, totals: Any) -> tuple[Array, LossAux]:
+        """Loss of a micro-batch, already divided by the totals."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """The programs of a step; each is traced once in a run.
+
+    Attributes:
+        loss: gives the totals of a batch.
+        zero: params -> sums of nothing.
+        accumulate: (params, bias, sums, micro-batch, totals) -> sums.
+        apply: (state, sums, progress) -> (state, metrics).
+    """
+
+    loss: Loss
+    zero: Callable
+    accumulate: Callable
+    apply: Callable
+
+    def __call__(
+        self, state: TrainState, batch: dict, *, progress: float, micro_batch_size: int
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Takes one optimizer step on a batch.
+
+        Args:
+            state: donated; use the one that comes back.
+            batch: arrays of [B, ...] on the host.
+            progress: share of the run's tokens seen before this step.
+            micro_batch_size: rows an `accumulate` call; must divide B.
+
+        Returns:
+            (the new state, metrics on device; `router/...` are [L] by stack).
+
+        Raises:
+            ValueError: if the batch does not divide into micro-batches.
+        """
+        rows = next(iter(batch.values())).shape[0]
+        if rows % micro_batch_size:
+            raise ValueError(f"{rows} rows do not divide into micro-batches of {micro_batch_size}")
+        totals = self.loss.totals(batch, progress)
+        sums = self.zero(state.params, state.bias, _rows(batch, 0, micro_batch_size), totals)
+        for start in range(0, rows, micro_batch_size):
+            micro = _rows(batch, start, micro_batch_size)
+            sums = self.accumulate(state.params, state.bias, sums, micro, totals)
+        return self.apply(state, sums, jnp.float32(progress))
+
+
+def _rows(batch: dict, start: int, count: int) -> dict:
+    return {name: value[start : start + count] for name, value in batch.items()}
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    loss: Loss,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    bias_speed: ScheduleConfig,
+) -> TrainStep:
+    """Builds the two programs.
+
+    Args:
+        graphdef: the model's blueprint.
+        loss: what to minimise.
+        optimizer: its `update` takes `progress`.
+        bias_speed: gamma of the balancing bias.
+    """
+
+    @jax.jit  # of its own, so that `zero` and `accumulate` share one trace
+    def value_and_grad(params, bias, batch, totals):
+        def of_params(params):
+            return loss(merge(graphdef, params, bias), batch, totals)
+
+        (_, aux), grads = jax.value_and_grad(of_params, has_aux=True)(params)
+        return {"grads": grads, "metrics": aux.metrics, "load": aux.load}
+
+    def zero(params, bias, batch, totals):
+        shapes = jax.eval_shape(value_and_grad, params, bias, batch, totals)
+        shapes["grads"] = jax.tree.map(
+            lambda g: jax.ShapeDtypeStruct(g.shape, jnp.float32), shapes["grads"]
+        )
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def accumulate(params, bias, sums, batch, totals):
+        new = value_and_grad(params, bias, batch, totals)
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, new)
+
+    def apply(state, sums, progress):
+        grads, load = sums["grads"], sums["load"]
+        updates, opt = optimizer.update(grads, state.opt, state.params, progress=progress)
+        params = optax.apply_updates(state.params, updates)
+        speed = value_at(bias_speed, progress)
+        bias = {key: update_bias(bias_LE, load[key], speed) for key, bias_LE in state.bias.items()}
+        metrics = sums["metrics"] | _norms(grads, params, updates)
+        metrics |= {f"load/{key}": load_LE for key, load_LE in load.items()}
+        for key, load_LE in load.items():
+            for sign, value_L in health(load_LE, bias.get(key)).items():
+                metrics[f"router/{key}/{sign}"] = value_L
+        return TrainState(state.step + 1, params, bias, opt, state.extra), metrics
+
+    return TrainStep(
+        loss=loss,
+        zero=jax.jit(zero),
+        accumulate=jax.jit(accumulate, donate_argnames="sums"),
+        apply=jax.jit(apply, donate_argnames="state"),
+    )
+
+
+def _norms(grads: Any, params: Any, updates: Any) -> dict[str, Float[Array, ""]]:
+    return {
+        "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(params),
+        "update_norm": optax.global_norm(updates),
+    }

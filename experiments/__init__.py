@@ -1,0 +1,1 @@
+"""Scripts: absl flags in, one call into dsjax. No logic lives here."""

@@ -1,0 +1,147 @@
+"""`mla_attention` in blocks with an online softmax, and a backward pass that recomputes.
+
+Milakov and Gimelshein (arXiv 1805.02867) for the online softmax, Dao et al. (arXiv 2205.14135)
+for the recomputation. Memory is linear in T: no [T, T] array is built. Blocks above the diagonal
+and blocks that hold only earlier documents are never visited, so packing saves time.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Measured on two CPU cores at T = 512 and 4,096: 128 is the best or within noise of it.
+BLOCK = 128
+MASKED = -1e30
+
+
+def mla_attention(
+    q_BTNA, k_BTNA, v_BTNH, segments_BT, positions_BT, scale, *, block: int = BLOCK
+) -> jax.Array:
+    """See the package for arguments; `block` is the number of queries and of keys a tile."""
+    length = q_BTNA.shape[1]
+    block = min(block, length)
+    pad = -length % block
+
+    def padded(x):
+        return jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+
+    def heads_first(x_BTNA):  # [tiles, B, N, block, A]
+        b, t, n, a = x_BTNA.shape
+        return x_BTNA.reshape(b, t // block, block, n, a).transpose(1, 0, 3, 2, 4)
+
+    def tiles(x_BT):  # [tiles, B, block]
+        return x_BT.reshape(x_BT.shape[0], -1, block).transpose(1, 0, 2)
+
+    q = heads_first(padded(q_BTNA * jnp.asarray(scale, q_BTNA.dtype)))
+    k, v = heads_first(padded(k_BTNA)), heads_first(padded(v_BTNH))
+    segments, positions = tiles(padded(segments_BT)), tiles(padded(positions_BT))
+    out = _attend(q, k, v, segments, positions)
+    tile_count, b, n, _, h = out.shape
+    return out.transpose(1, 0, 3, 2, 4).reshape(b, tile_count * block, n, h)[:, :length]
+
+
+def _first_tiles(segments: jax.Array) -> jax.Array:
+    """For each tile of queries, the first tile of keys that any sequence still needs; rising."""
+    _, b, block = segments.shape
+    row = segments.transpose(1, 0, 2).reshape(b, -1)
+    index = jnp.arange(row.shape[1], dtype=jnp.int32)
+    begins = jnp.concatenate([jnp.ones((b, 1), bool), row[:, 1:] != row[:, :-1]], axis=1)
+    start = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)[:, ::block]
+    return jnp.min(start, axis=0) // block
+
+
+def _scores(q, k, segment_q, segment_k, position_q, position_k):
+    """Float32 scores [B, N, t, s] of one pair of tiles, and the mask of the pairs that count."""
+    scores = jnp.einsum("bnta,bnsa->bnts", q, k, preferred_element_type=jnp.float32)
+    same = (segment_q[:, :, None] == segment_k[:, None, :]) & (segment_q[:, :, None] != 0)
+    mask = same & (position_q[:, :, None] >= position_k[:, None, :])
+    return scores, mask[:, None]
+
+
+def _forward_tiles(q, k, v, segments, positions):
+    tile_count, b, n, block, _ = q.shape
+    first = _first_tiles(segments)
+
+    def query_tile(_, x):
+        i, q_i, segment_i, position_i, first_i = x
+
+        def key_tile(j, carry):
+            acc, top, total = carry
+            scores, mask = _scores(q_i, k[j], segment_i, segments[j], position_i, positions[j])
+            new_top = jnp.maximum(top, jnp.where(mask, scores, MASKED).max(-1))
+            weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0)
+            shrink = jnp.exp(top - new_top)
+            value = jnp.einsum(
+                "bnts,bnsh->bnth",
+                weights.astype(v.dtype),
+                v[j],
+                preferred_element_type=jnp.float32,
+            )
+            return (
+                acc * shrink[..., None] + value,
+                new_top,
+                total * shrink + weights.sum(-1),
+            )
+
+        start = (
+            jnp.zeros((b, n, block, v.shape[-1]), jnp.float32),
+            jnp.full((b, n, block), MASKED, jnp.float32),
+            jnp.zeros((b, n, block), jnp.float32),
+        )
+        acc, top, total = jax.lax.fori_loop(first_i, i + 1, key_tile, start)
+        safe = jnp.where(total > 0, total, 1.0)  # a padding row attends to nothing and gives zero
+        return None, ((acc / safe[..., None]).astype(v.dtype), top + jnp.log(safe))
+
+    index = jnp.arange(tile_count, dtype=jnp.int32)
+    return jax.lax.scan(query_tile, None, (index, q, segments, positions, first))[1]
+
+
+@jax.custom_vjp
+def _attend(q, k, v, segments, positions):
+    return _forward_tiles(q, k, v, segments, positions)[0]
+
+
+def _forward(q, k, v, segments, positions):
+    out, lse = _forward_tiles(q, k, v, segments, positions)
+    return out, (q, k, v, segments, positions, out, lse)
+
+
+def _backward(saved, d_out):
+    q, k, v, segments, positions, out, lse = saved
+    tile_count = q.shape[0]
+    delta = jnp.einsum("ibnth,ibnth->ibnt", d_out, out, preferred_element_type=jnp.float32)
+    # Query tile i needs key tiles first[i]..i, and first rises, so key tile j is needed by a range.
+    last = jnp.searchsorted(
+        _first_tiles(segments), jnp.arange(tile_count), side="right", method="compare_all"
+    )
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def key_tile(dq, x):
+        j, k_j, v_j, segment_j, position_j, last_j = x
+
+        def query_tile(i, carry):
+            dq, dk, dv = carry
+            scores, mask = _scores(q[i], k_j, segments[i], segment_j, positions[i], position_j)
+            weights = jnp.where(mask, jnp.exp(scores - lse[i][..., None]), 0.0)
+            dv = dv + product("bnts,bnth->bnsh", weights.astype(v.dtype), d_out[i])
+            d_weights = product("bnth,bnsh->bnts", d_out[i], v_j)
+            d_scores = (weights * (d_weights - delta[i][..., None])).astype(q.dtype)
+            dk = dk + product("bnts,bnta->bnsa", d_scores, q[i])
+            dq = dq.at[i].add(product("bnts,bnsa->bnta", d_scores, k_j))
+            return dq, dk, dv
+
+        zeros = jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32)
+        dq, dk, dv = jax.lax.fori_loop(j, last_j, query_tile, (dq, *zeros))
+        return dq, (dk, dv)
+
+    index = jnp.arange(tile_count, dtype=jnp.int32)
+    dq, (dk, dv) = jax.lax.scan(
+        key_tile, jnp.zeros(q.shape, jnp.float32), (index, k, v, segments, positions, last)
+    )
+    no_gradient = np.zeros(segments.shape, jax.dtypes.float0)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), no_gradient, no_gradient
+
+
+_attend.defvjp(_forward, _backward)

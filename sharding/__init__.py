@@ -1,0 +1,1 @@
+"""Meshes, axis rules and what moves between devices. Needs jax; knows nothing about models."""

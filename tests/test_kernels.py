@@ -1,0 +1,230 @@
+"""Every implementation of every op against its definition, and the definition against loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import shapes as grouped_shapes
+from pallas_kernels.mla_attention import mla_attention, xla
+from pallas_kernels.mla_attention import shapes as attention_shapes
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode import shapes as decode_shapes
+from tests.reference import mla as reference_mla
+
+FLOAT32 = 2e-6  # rounding of float32 sums in another order, as a relative norm
+
+
+def assert_near(got, wanted, tolerance=FLOAT32):
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    assert got.shape == wanted.shape
+    assert np.linalg.norm(got - wanted) <= tolerance * max(np.linalg.norm(wanted), 1e-3)
+
+
+# ---- grouped_matmul -------------------------------------------------------------------------------
+
+
+def grouped_case(sizes, block, d, f, seed=0):
+    """Rows sorted by group in whole tiles, with a spare unused tile."""
+    rng = np.random.default_rng(seed)
+    tiles = [e for e, size in enumerate(sizes) for _ in range(-(-size // block))]
+    tile_expert = np.array([*tiles, len(sizes)], np.int32)
+    x = np.zeros((len(tile_expert) * block, d), np.float32)
+    row = 0
+    for size in sizes:
+        x[row : row + size] = rng.standard_normal((size, d))
+        row += -(-size // block) * block
+    w = rng.standard_normal((len(sizes), d, f)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(w), jnp.asarray(tile_expert)
+
+
+def grouped_by_hand(x, w, tile_expert):
+    x, w, tile_expert = map(np.asarray, (x, w, tile_expert))
+    block = len(x) // len(tile_expert)
+    y = np.zeros((len(x), w.shape[2]))
+    for row in range(len(x)):
+        expert = tile_expert[row // block]
+        if expert < len(w):
+            y[row] = x[row].astype(np.float64) @ w[expert].astype(np.float64)
+    return y
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", None])
+@pytest.mark.parametrize("shape", grouped_shapes.SHAPES)
+def test_grouped_matmul(shape, implementation):
+    x, w, tile_expert = grouped_case(*shape)
+    y = grouped_matmul(x, w, tile_expert, implementation=implementation)
+    assert_near(y, grouped_by_hand(x, w, tile_expert))
+
+
+@pytest.mark.parametrize("shape", grouped_shapes.SHAPES)
+def test_grouped_matmul_gradients(shape):
+    x, w, tile_expert = grouped_case(*shape)
+
+    def total(implementation):
+        def of(x, w):
+            y = grouped_matmul(x, w, tile_expert, implementation=implementation)
+            return jnp.sum(jnp.sin(y))
+
+        return jax.jit(jax.grad(of, (0, 1)))(x, w)
+
+    for got, wanted in zip(total("xla"), total("reference"), strict=True):
+        assert_near(got, wanted)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    block=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 99),
+)
+def test_grouped_matmul_drawn(sizes, block, seed):
+    x, w, tile_expert = grouped_case(sizes, block, 3, 2, seed)
+    assert_near(grouped_matmul(x, w, tile_expert), grouped_by_hand(x, w, tile_expert))
+
+
+def test_grouped_matmul_refuses():
+    x, w, tile_expert = grouped_case((2, 3), 4, 3, 2)
+    with pytest.raises(ValueError, match="do not divide"):
+        grouped_matmul(x[:-1], w, tile_expert)
+    with pytest.raises(ValueError, match="width 3"):
+        grouped_matmul(x, w[:, :2], tile_expert)
+    with pytest.raises(ValueError, match="unknown implementation 'pallas'"):
+        grouped_matmul(x, w, tile_expert, implementation="pallas")
+
+
+# ---- mla_attention --------------------------------------------------------------------------------
+
+
+def attention_case(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    b, t, n, a, h = shape[:5]
+    q, k = (rng.standard_normal((b, t, n, a)).astype(np.float32) for _ in range(2))
+    v = rng.standard_normal((b, t, n, h)).astype(np.float32)
+    segments = np.zeros((b, t), np.int32)
+    positions = np.zeros((b, t), np.int32)
+    rows = [shape.documents, *([(t,)] * (b - 1))]
+    for row, documents in enumerate(rows):
+        start = 0
+        for number, length in enumerate(documents, 1):
+            segments[row, start : start + length] = number
+            positions[row, start : start + length] = np.arange(length)
+            start += length
+    return tuple(map(jnp.asarray, (q, k, v, segments, positions)))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", None])
+@pytest.mark.parametrize("shape", attention_shapes.SHAPES)
+def test_mla_attention(shape, implementation):
+    case = attention_case(shape)
+    out = mla_attention(*case, 0.3, implementation=implementation)
+    wanted, _ = reference_mla.attend(*map(np.asarray, case), 0.3)
+    real = np.asarray(case[3] != 0)
+    assert_near(np.asarray(out)[real], np.asarray(wanted)[real])
+    assert not np.asarray(out)[~real].any()
+
+
+@pytest.mark.parametrize("block", [4, 16, 128])
+@pytest.mark.parametrize("shape", attention_shapes.SHAPES)
+def test_mla_attention_gradients(shape, block):
+    q, k, v, segments, positions = attention_case(shape)
+    real = (segments != 0)[..., None, None]
+
+    def gradients(attend):
+        def of(q, k, v):
+            return jnp.sum(jnp.where(real, jnp.sin(attend(q, k, v, segments, positions, 0.3)), 0))
+
+        return jax.jit(jax.grad(of, (0, 1, 2)))(q, k, v)
+
+    def blocked(*args):
+        return xla.mla_attention(*args, block=block)
+
+    def plain(*args):
+        return mla_attention(*args, implementation="reference")
+
+    for got, wanted in zip(gradients(blocked), gradients(plain), strict=True):
+        assert_near(got, wanted)
+
+
+def test_mla_attention_memory_is_linear():
+    """No [T, T] array, forward or backward: temporaries grow with T, not with its square."""
+
+    def temporaries(t):
+        q = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, t), jnp.int32)
+
+        def of(q, k, v, segments, positions):
+            return mla_attention(q, k, v, segments, positions, 0.3).sum()
+
+        compiled = jax.jit(jax.grad(of, (0, 1, 2))).lower(q, q, q, ids, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(4096), temporaries(32768)
+    assert large < 12 * small
+    assert large < 32768 * 32768 * 4 / 20
+
+
+# ---- mla_decode -----------------------------------------------------------------------------------
+
+
+def decode_case(shape, seed=0):
+    """A cache of three layers whose pages lie in random order, and garbage where none was written."""
+    rng = np.random.default_rng(seed)
+    b, z = len(shape.lengths), shape.c + shape.r
+    pages = b * shape.table_width
+    cache = rng.standard_normal((3, pages, 64, z)).astype(np.float32)
+    table = rng.permutation(pages).reshape(b, shape.table_width).astype(np.int32)
+    q = rng.standard_normal((b, shape.t, shape.n, z)).astype(np.float32)
+    lengths = np.array(shape.lengths, np.int32)
+    positions = lengths[:, None] - shape.t + np.arange(shape.t, dtype=np.int32)
+    return tuple(map(jnp.asarray, (q, cache, table, lengths, positions)))
+
+
+def decode_by_hand(shape, q, cache, table, lengths, positions, layer):
+    q, cache, table, lengths, positions = map(np.asarray, (q, cache, table, lengths, positions))
+    out = np.zeros((*q.shape[:3], shape.c))
+    lse = np.full(q.shape[:3], -1e30)
+    for b, length in enumerate(lengths):
+        entries = cache[layer, table[b]].reshape(-1, cache.shape[-1])
+        for t, position in enumerate(positions[b]):
+            seen = min(length, position + 1)
+            if seen > 0:
+                attended = reference_mla.attend_latent(q[b, t], entries[:seen], shape.c, 0.2)
+                out[b, t], lse[b, t] = attended
+    return out, lse
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", None])
+@pytest.mark.parametrize("shape", decode_shapes.SHAPES)
+def test_mla_decode(shape, implementation):
+    q, cache, table, lengths, positions = decode_case(shape)
+
+    @jax.jit
+    def decode(q, cache, layer, *pages):
+        options = {"value_dim": shape.c, "implementation": implementation}
+        return mla_decode(q, cache, layer, *pages, 0.2, **options)
+
+    out, lse = decode(q, cache, jnp.int32(1), table, lengths, positions)
+    wanted, wanted_lse = decode_by_hand(shape, q, cache, table, lengths, positions, 1)
+    assert_near(out, wanted)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5)
+
+
+def test_mla_decode_ignores_pages_past_the_length():
+    shape = decode_shapes.Shape(1, 2, 8, 4, (70, 3), 20)
+    q, cache, table, lengths, positions = decode_case(shape)
+    arguments = (table, lengths, positions, 0.2)
+    layer = jnp.int32(0)
+    out, _ = mla_decode(q, cache, layer, *arguments, value_dim=8)
+    cache, table, lengths = np.asarray(cache), np.asarray(table), np.asarray(lengths)
+    poisoned = np.full_like(cache, np.nan)
+    for b, length in enumerate(lengths):
+        pages = table[b, : -(-length // 64)]
+        poisoned[:, pages] = cache[:, pages]
+    table = np.where(np.arange(20) < -(-lengths[:, None] // 64), table, table[:, :1])
+    arguments = (jnp.asarray(table), jnp.asarray(lengths), positions, 0.2)
+    again, _ = mla_decode(q, jnp.asarray(poisoned), layer, *arguments, value_dim=8)
+    np.testing.assert_array_equal(out, again)
