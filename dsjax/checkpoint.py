@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dsjax.config import Config
@@ -42,13 +43,18 @@ def read_run(workdir: str | os.PathLike) -> Run:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else content
         raise InputError(f"{path} is of format {found!r}; this version reads format {FORMAT}")
-    config = from_json(Config, content.get("config"), "")
-    return Run(config=config, seed=content.get("seed", 0))
+    try:
+        return Run(
+            config=from_json(Config, content.get("config")),
+            seed=from_json(int, content.get("seed"), "seed"),
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def write_run(workdir: str | os.PathLike, run: Run) -> None:
@@ -56,10 +62,9 @@ def write_run(workdir: str | os.PathLike, run: Run) -> None:
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "seed": run.seed, "config": to_json(run.config)}
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, folder / CONFIG_FILE)
+    temporary = folder / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / CONFIG_FILE)
 
 
 def check_workdir(workdir: str | os.PathLike, run: Run) -> bool:
@@ -73,11 +78,11 @@ def check_workdir(workdir: str | os.PathLike, run: Run) -> bool:
             another configuration or seed, whose first differing field is named.
     """
     folder = Path(workdir)
-    if not str(workdir).strip():
-        raise InputError("workdir is empty")
+    if not str(workdir).strip() or "\0" in str(workdir):
+        raise InputError(f"workdir {str(workdir)!r} is no path")
     ancestor = folder
     try:
-        while not ancestor.exists():
+        while not os.path.lexists(ancestor):  # a link to nothing is in the way, too
             ancestor = ancestor.parent
         if not ancestor.is_dir():
             raise InputError(f"workdir {folder}: {ancestor} is not a folder")
@@ -166,7 +171,7 @@ def read_params(workdir: str | os.PathLike, like: Any, step: int | None = None) 
         (the tree filled, the step).
 
     Raises:
-        InputError: if there is no such step.
+        InputError: if there is no such step, or it holds other weights than those asked for.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     folder = Path(workdir).absolute() / "checkpoints"
@@ -188,4 +193,16 @@ def read_params(workdir: str | os.PathLike, like: Any, step: int | None = None) 
                 partial_restore=True,
             ),
         )
-    return restored, step
+    _check_shapes(restored, target, f"step {step} of {workdir}")
+    return jax.device_put(restored), step  # without a sharding in `like`, Orbax gives NumPy arrays
+
+
+def _check_shapes(restored: Any, wanted: Any, where: str) -> None:
+    """Orbax gives what it finds: arrays of another shape, and shapes where it finds nothing."""
+    found = dict(jax.tree_util.tree_leaves_with_path(restored))
+    for path, want in jax.tree_util.tree_leaves_with_path(wanted):
+        name, got = jax.tree_util.keystr(path, simple=True, separator="."), found.get(path)
+        if not isinstance(got, jax.Array | np.ndarray):
+            raise InputError(f"{where} has no {name}")
+        if got.shape != want.shape:
+            raise InputError(f"{where}: {name} has shape {got.shape}, expected {want.shape}")

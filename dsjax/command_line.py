@@ -25,14 +25,18 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     names = sorted(p.stem for p in _FOLDER.glob("*.py") if p.stem not in _NOT_SCRIPTS)
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv:
+        print(f"dsjax: a command is needed; known: {', '.join(names)}", file=sys.stderr)
+        return 2
+    if argv[0] in ("-h", "--help", "help"):
         print(f"usage: dsjax NAME --flags\nnames: {', '.join(names)}\nflags: dsjax NAME --help")
-        return 0 if argv else 2
+        return 0
     name = argv[0]
     if name not in names:
         print(f"dsjax: unknown command '{name}'{nearest(name, names)}", file=sys.stderr)
         return 2
     _load("experiments", _FOLDER / "__init__.py")
+    _load("experiments.command", _FOLDER / "command.py")
     module = _load(f"experiments.{name}", _FOLDER / f"{name}.py")
     return module.main([f"dsjax {name}", *argv[1:]])
 

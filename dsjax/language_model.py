@@ -74,10 +74,8 @@ class LanguageModel:
             InputError: for ids outside the vocabulary, another shape, or too many positions.
         """
         ids = np.asarray(tokens)
-        if ids.ndim not in (1, 2) or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(
-                f"tokens must be integers of shape [T] or [B, T], not {ids.dtype} {ids.shape}"
-            )
+        if ids.ndim not in (1, 2) or ids.size == 0:
+            raise InputError(f"tokens must be of shape [T] or [B, T], not {list(ids.shape)}")
         self._check(ids, ids.shape[-1])
         result = self._logits(self.params, self.bias, np.atleast_2d(ids).astype(np.int32))
         return result[0] if ids.ndim == 1 else result
@@ -145,6 +143,7 @@ class LanguageModel:
             raise InputError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1")
         if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
             raise InputError("every prompt needs at least one token")
+        _check_seed(seed)
         longest = max(len(prompt) for prompt in prompts) + max_tokens
         for prompt in prompts:
             self._check(np.asarray(prompt), longest)
@@ -171,11 +170,19 @@ class LanguageModel:
 
     def _check(self, ids: np.ndarray, positions: int) -> None:
         vocab_size, most = self.config.model.vocab_size, self.config.model.max_positions
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"tokens must be integers, not {ids.dtype}")
         if ids.min() < 0 or ids.max() >= vocab_size:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise InputError(f"token {wrong} is outside the vocabulary of {vocab_size}")
         if positions > most:
             raise InputError(f"{positions} positions; the model has {most} (model.max_positions)")
+
+
+def _check_seed(seed: int) -> None:
+    """JAX takes other numbers, too, but drops their high bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed!r}; it must be a whole number in [0, 2**32)")
 
 
 def _logits(graphdef, params, bias, tokens_BT):
@@ -194,8 +201,9 @@ def init(config: str | Config, seed: int = 0) -> LanguageModel:
         seed: of the parameters.
 
     Raises:
-        InputError: for an unknown preset, with the nearest name.
+        InputError: for an unknown preset, with the nearest name, and for a seed out of range.
     """
+    _check_seed(seed)
     config = preset(config) if isinstance(config, str) else config
     rules = AxisRules()
     graphdef, params, bias = split(init_sharded(build(config, rules), jax.random.key(seed), rules))

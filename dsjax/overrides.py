@@ -7,6 +7,7 @@ and a value (`train.batch_size=4`).
 import dataclasses
 import json
 import math
+import sys
 import types
 import typing
 from typing import Any, Literal
@@ -67,7 +68,7 @@ def _union_from_json(options: tuple, value: Any, where: str) -> Any:
         value = to_json(value)
     names = {o.__name__: o for o in options}
     name = value.get("kind") if isinstance(value, dict) else None
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise InputError(f"{where} needs a 'kind', one of {', '.join(names)}; got {name!r}")
     return from_json(names[name], value, where)
 
@@ -98,7 +99,7 @@ def _dataclass_from_json(kind: Any, value: Any, where: str) -> Any:
 
 
 def _scalar_from_json(kind: Any, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 1e9 is how a person writes a token count
@@ -125,7 +126,7 @@ def override(config: Config, assignment: str) -> Config:
         raise InputError(f"'{assignment}' is not of the form path=value")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a bare string, or a number or nesting without end
         value = text
     return _replace(config, type(config), path.strip().split("."), value, "")
 

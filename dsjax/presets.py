@@ -127,20 +127,23 @@ def deepseek_v2_lite() -> Config:
             batch_size=4608,
             total_tokens=5_700_000_000_000,
             optimizer=OptimizerConfig(
-                learning_rate=4.2e-4, schedule=_v2_learning_rate(), moment_dtype="bfloat16"
+                learning_rate=4.2e-4,
+                schedule=_v2_learning_rate(warmup=2000 * 4608 * 4096 / 5.7e12, first_drop=0.8),
+                moment_dtype="bfloat16",
             ),
+            balance_loss_weight=0.001,
         ),
         precision=PrecisionConfig(compute_dtype="bfloat16"),
     )
 
 
-def _v2_learning_rate() -> ScheduleConfig:
-    """Warm-up, then the peak times 0.316 at 60% and again at 90% of the tokens (V2 3.1.2)."""
+def _v2_learning_rate(*, warmup: float, first_drop: float) -> ScheduleConfig:
+    """2K steps of warm-up, then the peak times 0.316 at two shares of the tokens, the last 90%."""
     return ScheduleConfig(
         start=0.0,
         phases=(
-            PhaseConfig(until=2000 * 2304 * 4096 / 8.1e12, value=1.0, shape="linear"),
-            PhaseConfig(until=0.6, value=1.0),
+            PhaseConfig(until=warmup, value=1.0, shape="linear"),
+            PhaseConfig(until=first_drop, value=1.0),
             PhaseConfig(until=0.9, value=0.316),
             PhaseConfig(until=1.0, value=0.316**2),
         ),
@@ -185,8 +188,11 @@ def deepseek_v2() -> Config:
             batch_size=9216,
             total_tokens=8_100_000_000_000,
             optimizer=OptimizerConfig(
-                learning_rate=2.4e-4, schedule=_v2_learning_rate(), moment_dtype="bfloat16"
+                learning_rate=2.4e-4,
+                schedule=_v2_learning_rate(warmup=2000 * 2304 * 4096 / 8.1e12, first_drop=0.6),
+                moment_dtype="bfloat16",
             ),
+            balance_loss_weight=0.003,  # alpha_1, the expert level
         ),
         precision=PrecisionConfig(compute_dtype="bfloat16"),
     )

@@ -78,7 +78,7 @@ def run(
         keep_freed_memory()
         body(values)
     except (InputError, flags.Error) as error:
-        line = " ".join(str(error).split())
+        line = " ".join(part.strip() for part in str(error).splitlines())
         print(f"{argv[0].rsplit('/', 1)[-1]}: {line}", file=sys.stderr)
         return 2
     return 0

@@ -20,7 +20,7 @@ flags.DEFINE_integer("step", None, "Checkpoint; the newest if left out.", flag_v
 
 
 def _body(values: flags.FlagValues) -> None:
-    if values.workdir is None:
+    if not values.workdir:
         raise InputError("--workdir is needed: the folder of a run")
     if values.prompt is None:
         raise InputError("--prompt is needed: the text to continue")

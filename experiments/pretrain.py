@@ -25,9 +25,14 @@ flags.DEFINE_multi_string(
 
 def _body(values: flags.FlagValues) -> None:
     config = command.configured(values)
-    if values.workdir is None:
+    if not values.workdir:
         raise InputError("--workdir is needed: the folder that the run is kept in")
+    for prompt in values.sample:
+        if not prompt or prompt.encode(errors="ignore").decode() != prompt:
+            raise InputError(f"--sample={prompt!r} is no text to continue")
     if values.steps is not None:
+        if values.steps < 1:
+            raise InputError(f"--steps is {values.steps}; it must be at least 1")
         total = values.steps * config.train.tokens_per_step
         config = dataclasses.replace(
             config, train=dataclasses.replace(config.train, total_tokens=total)
@@ -39,8 +44,12 @@ def _body(values: flags.FlagValues) -> None:
     if result.tokens_per_s is not None:
         print(f"{result.tokens_per_s:,.0f} tokens/s")
     lm = load_pretrained(values.workdir)
+    assert lm.tokenizer is not None  # every run has one
     for prompt in values.sample:
-        text = lm.generate(prompt, max_tokens=64, temperature=0.7, seed=values.seed)
+        room = config.model.max_positions - len(lm.tokenizer.encode(prompt))
+        if room < 1:
+            continue
+        text = lm.generate(prompt, max_tokens=min(64, room), temperature=0.7, seed=values.seed)
         print(f"\n--- {prompt!r}\n{prompt}{text}")
 
 

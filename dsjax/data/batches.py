@@ -70,8 +70,9 @@ class TrainBatches:
             raise InputError(f"not the state of a data iterator: {state!r:.80}") from error
         for name, value in self._made_of.items():
             if made_of.get(name) != value:
+                why = " (the text is not the one the run was trained on)" if name == "rows" else ""
                 raise InputError(
-                    f"cannot resume the data: {name} was {made_of.get(name)!r}, is {value!r}"
+                    f"cannot resume the data: {name} was {made_of.get(name)!r}, is {value!r}{why}"
                 )
         if not isinstance(next_batch, int) or next_batch < 0:
             raise InputError(f"cannot resume the data at batch {next_batch!r}")

@@ -3,6 +3,7 @@
 Knows nothing about attention or experts. D model width, F hidden width, B sequences, T positions.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -32,6 +33,8 @@ def norm_scale(size: int, axis: str | None, precision: Precision) -> nnx.Param:
     return nnx.Param(jnp.ones((size,), precision.param_dtype), axes=(axis,))
 
 
+# Recomputed in the backward pass, not kept: one pass over x costs less than storing its parts.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(
     x: Float[Array, "... D"], scale_D: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
@@ -44,6 +47,7 @@ def rms_norm(
     return (x32 * jax.lax.rsqrt(mean_square + eps) * scale_D.astype(jnp.float32)).astype(x.dtype)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def swiglu(gate_up: Float[Array, "... F2"]) -> Float[Array, "... F"]:
     """Multiplies SiLU of the first half with the second half (Shazeer, arXiv 2002.05202)."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
@@ -72,6 +76,7 @@ class SwiGlu(nnx.Module):
             key_down, (hidden_dim, embed_dim), ("mlp", "embed"), std=std, precision=precision
         )
 
+    @jax.named_scope("dense_ffn")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the layer; [B, T, D] -> [B, T, D]."""
         linear, rules = self.precision.linear, self.rules

@@ -55,6 +55,7 @@ class MultiHeadLatentAttention(nnx.Module):
         self.w_ukv_CNY = make(key_ukv, (c, n, y), ("kv_latent", "heads", None))
         self.w_o_NHD = make(key_o, (n, config.value_dim, embed_dim), ("heads", None, "embed"))
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],

@@ -8,18 +8,20 @@ X rows of the dispatch buffer.
 """
 
 import dataclasses
+import functools
 from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 
 from dsjax.config import MoeConfig
 from dsjax.model import router
 from dsjax.model.layers import SwiGlu, swiglu, weight
 from dsjax.precision import Precision
-from sharding.dispatch import combine, dispatch
+from sharding.dispatch import PLAN, combine, dispatch
 from sharding.rules import AxisRules
 
 
@@ -83,6 +85,7 @@ class MixtureOfExperts(nnx.Module):
                 key=key_shared,
             )
 
+    @jax.named_scope("moe")
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -117,11 +120,8 @@ class MixtureOfExperts(nnx.Module):
         gates_UK = router.gates(scores_UE, expert_UK, config)
 
         sent_UK = jnp.where(real_BT.reshape(-1, 1), expert_UK, config.num_experts)
-        x_XD, gates_X, load_E, plan = dispatch(
-            x_BTD.reshape(b * t, d), gates_UK, sent_UK, num_experts=config.num_experts
-        )
-        y_XD = self._experts(x_XD, gates_X, plan.tile_expert)
-        y_BTD = combine(y_XD, plan).reshape(b, t, d)
+        y_UD, load_E = self._routed(x_BTD.reshape(b * t, d), gates_UK, sent_UK)
+        y_BTD = y_UD.reshape(b, t, d)
         if config.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         aux = MoeAux(
@@ -131,13 +131,27 @@ class MixtureOfExperts(nnx.Module):
         )
         return y_BTD, aux
 
-    def _experts(self, x_XD, gates_X, tile_expert):
-        """Runs each row's expert and applies its gate.
+    def _routed(self, x_UD, gates_UK, expert_UK):
+        """Dispatches, runs the experts, combines; keeps one [X, 2F] array for the backward pass.
 
         The gate multiplies the hidden vector, which is the same by linearity and needs no output
-        kept for its gradient.
+        kept for its gradient. The rows of the buffer and the hidden vectors are gathered and
+        computed again: no matrix product is.
         """
-        linear = self.precision.grouped_linear
-        hidden_XF = swiglu(linear(x_XD, self.w_in_ED2F[...], tile_expert))
-        hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
-        return linear(hidden_XF, self.w_down_EFD[...], tile_expert)
+        linear, num_experts = self.precision.grouped_linear, self.config.num_experts
+        keep = jax.checkpoint_policies.save_only_these_names(PLAN, "expert_gate_up")
+
+        @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
+        def run(x_UD, gates_UK, w_in_ED2F, w_down_EFD):
+            x_XD, gates_X, load_E, plan = dispatch(
+                x_UD, gates_UK, expert_UK, num_experts=num_experts
+            )
+            with jax.named_scope("experts"):
+                gate_up_X2F = linear(x_XD, w_in_ED2F, plan.tile_expert)
+                gate_up_X2F = checkpoint_name(gate_up_X2F, "expert_gate_up")
+                hidden_XF = swiglu(gate_up_X2F)
+                hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
+                y_XD = linear(hidden_XF, w_down_EFD, plan.tile_expert)
+            return combine(y_XD, plan), load_E
+
+        return run(x_UD, gates_UK, self.w_in_ED2F[...], self.w_down_EFD[...])

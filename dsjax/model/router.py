@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsjax.config import MoeConfig
 
 
+@jax.named_scope("router")
 def affinities(logits: Float[Array, "... E"], config: MoeConfig) -> Float[Array, "... E"]:
     """Turns router logits into scores: sigmoid (V3, equation 15) or softmax over experts (V2)."""
     logits = logits.astype(jnp.float32)
@@ -21,6 +22,7 @@ def affinities(logits: Float[Array, "... E"], config: MoeConfig) -> Float[Array,
     return jax.nn.softmax(logits, axis=-1)
 
 
+@jax.named_scope("router")
 def select(
     scores_UE: Float[Array, "U E"], bias_E: Float[Array, " E"] | None, config: MoeConfig
 ) -> Int[Array, "U K"]:
@@ -54,6 +56,7 @@ def select(
     return jax.lax.top_k(choice_UE, config.num_experts_per_token)[1]
 
 
+@jax.named_scope("router")
 def gates(
     scores_UE: Float[Array, "U E"], expert_UK: Int[Array, "U K"], config: MoeConfig
 ) -> Float[Array, "U K"]:
@@ -70,6 +73,7 @@ def gates(
     return gates_UK * config.gate_scale
 
 
+@jax.named_scope("balance")
 def balance_loss(
     scores_BTE: Float[Array, "B T E"], real_BT: Bool[Array, "B T"], config: MoeConfig
 ) -> Float[Array, " B"]:

@@ -61,7 +61,7 @@ def parameter_counts(config: Config) -> ParameterCounts:
     )
 
 
-def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float) -> float:
+def cache_bytes_per_token(config: ModelConfig, bytes_per_number: int | float) -> float:
     """Bytes that one cached token takes in all layers: (C + R) numbers a layer; MTP caches none.
 
     Args:
@@ -69,4 +69,5 @@ def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float) -> float
         bytes_per_number: 2 for bfloat16; V2's published figure has 0.75, six bits.
     """
     page = jax.eval_shape(lambda: empty_latent(config, 1, jnp.bfloat16))
-    return sum(math.prod(leaf.shape) for leaf in page.values()) // PAGE_SIZE * bytes_per_number
+    numbers = sum(math.prod(leaf.shape) for leaf in page.values()) // PAGE_SIZE
+    return float(numbers * bytes_per_number)

@@ -101,7 +101,8 @@ def pretrain(
     writer = MetricsWriter(workdir, after_step=step)
     if before is None:
         before = evaluate(state, None)
-        writer.write({"step": 0, "tokens": 0, **before})
+        if not writer.has(0, "eval_loss"):
+            writer.write({"step": 0, "tokens": 0, **before})
 
     train_step = make_train_step(
         graphdef, PretrainLoss.of(config), optimizer, bias_speed=config.train.bias_speed
@@ -157,7 +158,8 @@ def pretrain(
                     )
         bar.close()
         after = evaluate(state, None)
-        writer.write({"step": step, "tokens": tokens, **after})
+        if not writer.has(step, "eval_loss"):  # a finished run may be run again
+            writer.write({"step": step, "tokens": tokens, **after})
     finally:
         bar.close()
         writer.close()

@@ -222,6 +222,7 @@ def _chunks(hidden_UD, head_DV, targets_U, weights_U):
     return cut(hidden_UD), cut(targets_U), cut(weights_U)
 
 
+@jax.named_scope("head")
 def _chunk_loss(precision, head_DV, hidden_UD, targets_U, weights_U):
     """Loss of a chunk, and what its gradient needs."""
     logits_UV, pullback = jax.vjp(

@@ -49,7 +49,12 @@ class MetricsWriter:
             temporary = self._path.with_suffix(".jsonl.tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
             os.replace(temporary, self._path)
+        self._kept = {(row["step"], name) for row in kept for name in row}
         self._file = self._path.open("a", encoding="utf-8")
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a row of that step and with that name was there when the file was opened."""
+        return (step, name) in self._kept
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row, which must have a `step`.

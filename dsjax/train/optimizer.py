@@ -57,7 +57,7 @@ def adamw(config: OptimizerConfig, decayed: dict) -> optax.GradientTransformatio
 
     def update(grads, state, params, *, progress, **_):
         count = state["count"] + 1
-        clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(optax.global_norm(grads), 1e-20))
+        clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(optax.tree.norm(grads), 1e-20))
         rate = config.learning_rate * value_at(config.schedule, progress)
         correction1 = 1.0 - config.beta1 ** count.astype(jnp.float32)
         correction2 = 1.0 - config.beta2 ** count.astype(jnp.float32)

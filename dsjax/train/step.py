@@ -139,7 +139,7 @@ def make_train_step(
 
 def _norms(grads: Any, params: Any, updates: Any) -> dict[str, Float[Array, ""]]:
     return {
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
-        "update_norm": optax.global_norm(updates),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
+        "update_norm": optax.tree.norm(updates),
     }

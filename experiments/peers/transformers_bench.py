@@ -111,9 +111,11 @@ RELEVANT = {"train": ("optimizer",), "forward": (), "generate": ("cache",)}
 # Above this a variant fails by itself, rather than pushing others' processes out of memory.
 ADDRESS_SPACE = 16 * 2**30
 FINALISTS = 4
-# An iteration is quiet if other processes took at most so many cores. A sweep starts a variant
-# again, up to TRIES times, until it has two.
+# An iteration is quiet if other processes took at most so many cores. A process waits for quiet up
+# to PATIENCE_S in all, and a sweep starts a variant again, up to TRIES times, until it has two
+# quiet iterations: two threads lose far more to a neighbour than a single one does.
 QUIET = 0.15
+PATIENCE_S = 20
 TRIES = 2
 
 
@@ -249,7 +251,10 @@ def run_variant(mode, variant, *, repeats, interactive):
             seconds, others = timed(iteration)
             print(json.dumps({"seconds": seconds, "others": others}), flush=True)
         return
-    pairs = [timed(iteration) for _ in range(repeats)]
+    pairs, patience_s = [], PATIENCE_S
+    for _ in range(repeats):
+        patience_s -= wait_for_quiet(patience_s)
+        pairs.append(timed(iteration))
     print(json.dumps(result | summary(mode, pairs)))
 
 
@@ -260,6 +265,16 @@ def timed(iteration):
     seconds = time.perf_counter() - started
     others = busy_cpu_s() - busy - (time.process_time() - own)
     return seconds, round(max(others, 0.0) / seconds, 2)
+
+
+def wait_for_quiet(limit_s):
+    """Sleeps until other processes leave the cores alone; returns the seconds waited."""
+    started = time.perf_counter()
+    while (waited := time.perf_counter() - started) < limit_s:
+        _, others = timed(lambda: time.sleep(0.4))
+        if others <= QUIET:
+            break
+    return waited
 
 
 def busy_cpu_s():
@@ -322,11 +337,10 @@ def gathered_bytes(mode):
 
 
 def sweep(mode, *, repeats, rounds, timeout_s):
-    """Grid of the three choices that interact, then each other one from the best, then a final."""
+    """Grid of the choices that interact, then each other one from the best, then a final."""
     results = []
 
-    def attempt(**changes):
-        variant = (best(results)["variant"] if any_good(results) else START) | changes
+    def attempt(variant):
         if any(r["variant"] == variant for r in results):
             return
         needed = gathered_bytes(mode)
@@ -337,17 +351,19 @@ def sweep(mode, *, repeats, rounds, timeout_s):
             results.append(spawn(mode, variant, repeats, timeout_s))
         report(results[-1])
 
+    compiled = {"compile": True} | ({"cache": "static"} if mode == "generate" else {})
     for experts, attention, threads in itertools.product(EXPERTS, ATTENTION, THREADS):
-        attempt(**START | {"experts": experts, "attention": attention, "threads": threads})
-    if mode in ("train", "generate"):
-        (key,) = RELEVANT[mode]
+        variant = START | {"experts": experts, "attention": attention, "threads": threads}
+        if experts != "batched_mm" or attention == "sdpa":  # slow whatever the attention
+            attempt(variant)
+        if experts == "grouped_mm":
+            attempt(variant | compiled)
+    attempt(START | compiled | {"experts": "eager"})
+    for key in (*RELEVANT[mode], "waiting", "allocator"):
         for value in CHOICES[key]:
-            attempt(**{key: value})
-    for key in ("waiting", "allocator"):
-        for value in CHOICES[key]:
-            attempt(**{key: value})
-    attempt(waiting="default", allocator="default")
-    attempt(compile=True, **({"cache": "static"} if mode == "generate" else {}))
+            if not (key == "cache" and best(results)["variant"]["compile"]):
+                attempt(best(results)["variant"] | {key: value})
+    attempt(best(results)["variant"] | {"waiting": "default", "allocator": "default"})
 
     # A final in rounds: what was measured minutes apart on a shared machine is not comparable.
     good = sorted((r for r in results if "error" not in r), key=lambda r: r["quiet_s"])[:FINALISTS]
@@ -371,11 +387,6 @@ def sweep(mode, *, repeats, rounds, timeout_s):
         "final": final,
         "variants": results,
     }
-
-
-def any_good(results):
-    """Whether a variant has run."""
-    return any("error" not in r for r in results)
 
 
 def best(results):

@@ -15,38 +15,54 @@ def grouped_matmul(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array) ->
     return _rows(x_XD, w_EDF, tile_expert, contract=1)
 
 
-def _used_tiles(tile_expert: jax.Array, num_experts: int) -> jax.Array:
-    return jnp.sum(tile_expert < num_experts, dtype=jnp.int32)
-
-
 def _rows(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array, contract: int) -> jax.Array:
     """[X, F] = x @ w (contract=1), or [X, D] = x @ w^T (contract=2), tile by tile."""
-    block = x_XD.shape[0] // tile_expert.shape[0]
+    tiles, num_experts = tile_expert.shape[0], w_EDF.shape[0]
+    block = x_XD.shape[0] // tiles
     dimensions = (((1,), (contract - 1,)), ((), ()))
 
-    def step(tile, y):
+    def multiply(tile, y, w):
         x = jax.lax.dynamic_slice_in_dim(x_XD, tile * block, block)
-        w = jax.lax.dynamic_index_in_dim(w_EDF, tile_expert[tile], keepdims=False)
         product = jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(y, product.astype(y.dtype), tile * block, 0)
 
     y = jnp.zeros((x_XD.shape[0], w_EDF.shape[3 - contract]), x_XD.dtype)
-    return jax.lax.fori_loop(0, _used_tiles(tile_expert, w_EDF.shape[0]), step, y)
+    if tiles <= num_experts:  # decoding: most experts have no tile, so only the used are visited
+
+        def tile_step(tile, y):
+            w = jax.lax.dynamic_index_in_dim(w_EDF, tile_expert[tile], keepdims=False)
+            return multiply(tile, y, w)
+
+        used = jnp.sum(tile_expert < num_experts, dtype=jnp.int32)
+        return jax.lax.fori_loop(0, used, tile_step, y)
+
+    # Expert by expert, so that a weight is fetched once for all its tiles: 1.2 times the time of
+    # a dense product of as many rows, where a fetch a tile takes 1.5.
+    def expert_step(y, expert):
+        w, first, last = expert
+        return jax.lax.fori_loop(first, last, lambda tile, y: multiply(tile, y, w), y), None
+
+    return jax.lax.scan(expert_step, y, (w_EDF, *_tile_ranges(tile_expert, num_experts)))[0]
+
+
+def _tile_ranges(tile_expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """First and past-the-last tile of each expert; tiles are sorted by expert."""
+    experts = jnp.arange(num_experts + 1)
+    border = jnp.searchsorted(tile_expert, experts, method="compare_all").astype(jnp.int32)
+    return border[:-1], border[1:]
 
 
 def _weight_gradient(
     x_XD: jax.Array, dy_XF: jax.Array, tile_expert: jax.Array, num_experts: int
 ) -> jax.Array:
-    """Sums x^T dy over the tiles of each group, in float32 [E, D, F]."""
+    """Sums x^T dy over the tiles of each expert, in float32 [E, D, F]."""
     block = x_XD.shape[0] // tile_expert.shape[0]
-    # Tiles are sorted by group, so a group's tiles are one range and its sum stays in cache.
-    border = jnp.searchsorted(tile_expert, jnp.arange(num_experts + 1), method="compare_all")
+    contract_rows = (((0,), (0,)), ((), ()))
 
-    def group(_, tiles):
+    def expert_step(_, tiles):
         def step(tile, total):
             x = jax.lax.dynamic_slice_in_dim(x_XD, tile * block, block)
             dy = jax.lax.dynamic_slice_in_dim(dy_XF, tile * block, block)
-            contract_rows = (((0,), (0,)), ((), ()))
             return total + jax.lax.dot_general(
                 x, dy, contract_rows, preferred_element_type=jnp.float32
             )
@@ -54,7 +70,7 @@ def _weight_gradient(
         zero = jnp.zeros((x_XD.shape[1], dy_XF.shape[1]), jnp.float32)
         return None, jax.lax.fori_loop(tiles[0], tiles[1], step, zero)
 
-    return jax.lax.scan(group, None, (border[:-1], border[1:]))[1]
+    return jax.lax.scan(expert_step, None, _tile_ranges(tile_expert, num_experts))[1]
 
 
 def _forward(x_XD, w_EDF, tile_expert):
