@@ -30,11 +30,11 @@ class Plan(NamedTuple):
 
 
 def block_rows(assignments: int, num_experts: int) -> int:
-    """Rows of a tile: a power of two near an eighth of an expert's mean share, from 1 to 128.
+    """Rows of a tile: a power of two near a 32nd of an expert's mean share, from 1 to 128.
 
-    Larger tiles make the matmul faster, smaller ones waste fewer padding rows.
+    A tile is the unit of padding: larger ones suit hardware, smaller ones waste fewer rows.
     """
-    share = max(1, assignments // (8 * num_experts))
+    share = max(1, assignments // (32 * num_experts))
     return min(128, 1 << (share.bit_length() - 1))
 
 
