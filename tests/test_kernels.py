@@ -24,7 +24,7 @@ def assert_near(got, wanted, tolerance=FLOAT32):
     assert np.linalg.norm(got - wanted) <= tolerance * max(np.linalg.norm(wanted), 1e-3)
 
 
-# ---- grouped_matmul -------------------------------------------------------------------------------
+# ---- grouped_matmul -----------------------------------------------------------------------------
 
 
 def grouped_case(sizes, block, d, f, seed=0):
@@ -96,7 +96,7 @@ def test_grouped_matmul_refuses():
         grouped_matmul(x, w, tile_expert, implementation="pallas")
 
 
-# ---- mla_attention --------------------------------------------------------------------------------
+# ---- mla_attention ------------------------------------------------------------------------------
 
 
 def attention_case(shape, seed=0):
@@ -167,11 +167,11 @@ def test_mla_attention_memory_is_linear():
     assert large < 32768 * 32768 * 4 / 20
 
 
-# ---- mla_decode -----------------------------------------------------------------------------------
+# ---- mla_decode ---------------------------------------------------------------------------------
 
 
 def decode_case(shape, seed=0):
-    """A cache of three layers whose pages lie in random order, and garbage where none was written."""
+    """A cache of three layers, pages in random order, and garbage where none was written."""
     rng = np.random.default_rng(seed)
     b, z = len(shape.lengths), shape.c + shape.r
     pages = b * shape.table_width

@@ -19,32 +19,17 @@ from dsjax.presets import preset
 from dsjax.train.loss import PretrainLoss
 from sharding.rules import AxisRules
 from tests import golden_cases
+from tests.helpers import (
+    FLOAT32,
+    FLOAT32_GRADIENT,
+    assert_near,
+    assert_trees_near,
+    distance,
+    packed_batch,
+)
 from tests.reference import mtp as reference_mtp
 from tests.reference import router as reference_router
 from tests.reference import transformer as reference
-
-# Relative norms. Two float32 programs that sum in another order differ by some 1e-6 here; their
-# gradients, which pass through twice as many sums, by some 1e-5.
-FLOAT32, FLOAT32_GRADIENT = 1e-5, 1e-4
-
-
-def distance(got, wanted):
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    assert got.shape == wanted.shape
-    return np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-6)
-
-
-def assert_near(got, wanted, tolerance=FLOAT32):
-    assert distance(got, wanted) <= tolerance
-
-
-def assert_trees_near(got, wanted, tolerance=FLOAT32):
-    chex.assert_trees_all_equal_structs(got, wanted)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True
-    ):
-        assert distance(a, b) <= tolerance, jax.tree_util.keystr(path)
-
 
 FLOAT32_PRECISION = Precision(param_dtype=jnp.dtype("float32"), compute_dtype=jnp.dtype("float32"))
 
@@ -70,7 +55,7 @@ def plain(tokens_BT):
     return {"positions_BT": positions_BT, "segments_BT": jnp.ones_like(tokens_BT)}
 
 
-# ---- transformers -----------------------------------------------------------------------------------
+# ---- transformers -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=golden_cases.MODELS)
@@ -159,7 +144,7 @@ def test_golden_greedy_continuation():
     np.testing.assert_array_equal(result.tokens_BG, tensors["continuation"])
 
 
-# ---- the NumPy oracle -------------------------------------------------------------------------------
+# ---- the NumPy oracle ---------------------------------------------------------------------------
 
 
 def reference_params(config, params, bias):
@@ -181,29 +166,6 @@ def reference_params(config, params, bias):
         mtp.append(module)
     names = ("embed_VD", "final_norm_D", "head_DV")
     return {**{n: arrays[n] for n in names}, "layers": layers, "mtp": mtp}
-
-
-def packed_batch(rng, vocab_size, lengths):
-    """Rows of documents of the given lengths; what is left of a row is padding."""
-    width = max(map(sum, lengths))
-    shape = (len(lengths), width)
-    batch = {
-        "tokens_BT": rng.integers(0, vocab_size, shape).astype(np.int32),
-        "targets_BT": np.zeros(shape, np.int32),
-        "segments_BT": np.zeros(shape, np.int32),
-        "positions_BT": np.zeros(shape, np.int32),
-        "weights_BT": np.zeros(shape, np.float32),
-    }
-    for row, documents in enumerate(lengths):
-        start = 0
-        for number, length in enumerate(documents, 1):
-            here = slice(start, start + length)
-            batch["segments_BT"][row, here] = number
-            batch["positions_BT"][row, here] = np.arange(length)
-            batch["weights_BT"][row, start : start + length - 1] = 1.0
-            start += length
-    batch["targets_BT"][:, :-1] = batch["tokens_BT"][:, 1:]
-    return batch
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +254,7 @@ def test_mtp_sees_no_other_document(deep, depth):
     np.testing.assert_array_equal(depth_segments(jnp.asarray(batch["segments_BT"]), depth), wanted)
 
 
-# ---- one forward in many forms ----------------------------------------------------------------------
+# ---- one forward in many forms ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +392,7 @@ def test_pattern_of_blocks_runs_in_order(nano_rows):
 
 
 def test_packed_equals_unpacked(nano_rows):
-    config, graphdef, params, bias, tokens_BT, _ = nano_rows
+    _, graphdef, params, bias, tokens_BT, _ = nano_rows
     lengths = (40, 1, 70, 39)
     segments, positions = [], []
     for number, length in enumerate(lengths, 1):
@@ -452,7 +414,7 @@ def test_packed_equals_unpacked(nano_rows):
 
 def test_routing_replays(nano_rows):
     """Choices of another pass are followed; gates are the current router's."""
-    config, graphdef, params, bias, tokens_BT, hidden_BTD = nano_rows
+    _, graphdef, params, bias, tokens_BT, hidden_BTD = nano_rows
     run = jax.jit(lambda m, routing: m(tokens_BT, **plain(tokens_BT), routing=routing))
     model = merge(graphdef, params, bias)
     routing = run(model, None).aux.routing
@@ -474,7 +436,7 @@ def test_cache_is_the_latent_and_nothing_else():
         assert total == (attention.kv_latent_dim + attention.rope_dim) * config.num_layers * 2
 
 
-# ---- the router and the traps -----------------------------------------------------------------------
+# ---- the router and the traps -------------------------------------------------------------------
 
 
 def moe_config(**changes):

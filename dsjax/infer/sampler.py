@@ -53,15 +53,19 @@ def sample(
     """
     vocab = logits_BV.shape[-1]
     logits_BV = jnp.where(jnp.arange(vocab) < allowed, logits_BV.astype(jnp.float32), -jnp.inf)
-    greedy = jnp.asarray(temperature) == 0.0
-    log_BV = jax.nn.log_softmax(logits_BV / jnp.where(greedy, 1.0, temperature), axis=-1)
-    log_BV = jax.lax.cond(
-        jnp.asarray(top_p) < 1.0, lambda x: _truncate(x, top_p), lambda x: x, log_BV
-    )
-    drawn_B = jax.random.categorical(key, log_BV, axis=-1)
-    token_B = jnp.where(greedy, jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
-    log_B = jnp.take_along_axis(log_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B, jnp.where(greedy, 0.0, log_B)
+
+    def best(logits_BV):
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), jnp.zeros(logits_BV.shape[:1])
+
+    def drawn(logits_BV):
+        log_BV = jax.nn.log_softmax(logits_BV / temperature, axis=-1)
+        truncated = jnp.asarray(top_p) < 1.0
+        log_BV = jax.lax.cond(truncated, lambda x: _truncate(x, top_p), lambda x: x, log_BV)
+        token_B = jax.random.categorical(key, log_BV, axis=-1).astype(jnp.int32)
+        return token_B, jnp.take_along_axis(log_BV, token_B[:, None], axis=-1)[:, 0]
+
+    # A branch, not a selection: random numbers of a whole vocabulary cost more than the best one.
+    return jax.lax.cond(jnp.asarray(temperature) == 0.0, best, drawn, logits_BV)
 
 
 def _truncate(log_BV: jax.Array, top_p: jax.Array | float) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Benchmarks against other implementations; `transformers_bench.py` runs in their interpreter."""
