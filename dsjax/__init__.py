@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1 in JAX: one model for pretraining, reinforcement learning and serving.
+"""DeepSeek-V3 in JAX: one model definition for training and generation.
 
 import dsjax
 lm = dsjax.load_pretrained("runs/tiny")

@@ -304,8 +304,8 @@ def tiny() -> Config:
         ),
         train=TrainConfig(
             seq_len=256,
-            batch_size=8,
-            total_tokens=3_000_000,
+            batch_size=4,
+            total_tokens=1_600_000,
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule=v3_learning_rate(warmup=0.03)),
             bias_speed=v3_bias_speed(),
             mtp_loss_weight=v3_mtp_weight(),

@@ -44,22 +44,35 @@ class NanoRun:
 
 
 @pytest.fixture(scope="session")
-def nano_run(tmp_path_factory):
-    """Pretrains `nano` for six steps through the script; once, whatever the number of workers.
+def once(tmp_path_factory):
+    """Does something once, whatever the number of workers: `once(name, make)`.
+
+    `make(folder)` gets an empty folder and returns something for JSON, which every worker is given.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
+
+    def done(name, make):
+        folder = shared / name
+        folder.mkdir(exist_ok=True)
+        result = folder / "done.json"
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not result.exists():
+                result.write_text(json.dumps(make(folder)))
+        return json.loads(result.read_text())
+
+    return done
+
+
+@pytest.fixture(scope="session")
+def nano_run(once):
+    """Pretrains `nano` for six steps through the script.
 
     Read only: a test that changes the folder copies it.
     """
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all workers
-    folder = folder / "nano run"
-    folder.mkdir(exist_ok=True)
-    done = folder / "done.json"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            done.write_text(json.dumps(_pretrain_nano(folder)))
-    return NanoRun(**json.loads(done.read_text()))
+    return NanoRun(**once("nano run", _pretrain_nano))
 
 
 def _pretrain_nano(folder):

@@ -132,7 +132,9 @@ def run(
     Returns:
         (tokens_BG, log_probs_BG, length_B, stopped_B) with G = budget.
     """
-    model = merge(graphdef, params, bias)
+    # Once a call, not once a token: weights kept in another dtype are cast here.
+    dtype = merge(graphdef, params, bias).precision.compute_dtype
+    model = merge(graphdef, *prepare(params, bias, dtype))
     batch, width = tokens_BT.shape
     table_BX = contiguous_table(batch, width + budget)
     latent = empty_latent(model.config, table_BX.size, model.precision.compute_dtype)

@@ -12,7 +12,7 @@ from dsjax.model import rope
 from dsjax.model.cache import Pages
 from dsjax.model.layers import SwiGlu, norm_scale, rms_norm
 from dsjax.model.mla import MultiHeadLatentAttention
-from dsjax.model.moe import MixtureOfExperts, MoeAux
+from dsjax.model.moe import ExpertStack, MixtureOfExperts, MoeAux
 from dsjax.precision import Precision
 from sharding.rules import AxisRules
 
@@ -55,6 +55,7 @@ class Block(nnx.Module):
         fresh: bool = True,
         bias_E: Float[Array, " E"] | None = None,
         routing_BTK: UInt16[Array, "B T K"] | None = None,
+        expert_stack: ExpertStack | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L X S Z"] | None, MoeAux | None]:
         """Runs the block.
 
@@ -70,6 +71,7 @@ class Block(nnx.Module):
             fresh: nothing is cached before these positions.
             bias_E: balancing bias of the router.
             routing_BTK: expert choices to replay.
+            expert_stack: see `MixtureOfExperts`.
 
         Returns:
             (hidden states, the cache, what the experts tell or None for a dense layer).
@@ -90,6 +92,10 @@ class Block(nnx.Module):
         if isinstance(self.ffn, SwiGlu):
             return x_BTD + self.ffn(normed_BTD), latent_LXSZ, None
         y_BTD, aux = self.ffn(
-            normed_BTD, bias_E=bias_E, segments_BT=segments_BT, routing_BTK=routing_BTK
+            normed_BTD,
+            bias_E=bias_E,
+            segments_BT=segments_BT,
+            routing_BTK=routing_BTK,
+            expert_stack=expert_stack,
         )
         return x_BTD + y_BTD, latent_LXSZ, aux

@@ -9,7 +9,7 @@ X rows of the dispatch buffer.
 
 import dataclasses
 import functools
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,18 @@ class MoeAux:
     load_E: Array
     balance: Array
     routing_BTK: Array
+
+
+class ExpertStack(NamedTuple):
+    """The experts of all layers of a stack, and which layer is meant.
+
+    Decoding reads the few experts that a token chose straight out of the stack: a scan that hands
+    a layer its own weights copies all of them first.
+    """
+
+    w_in_LED2F: Array
+    w_down_LEFD: Array
+    layer: Array
 
 
 class MixtureOfExperts(nnx.Module):
@@ -93,6 +105,7 @@ class MixtureOfExperts(nnx.Module):
         bias_E: Float[Array, " E"] | None,
         segments_BT: Int[Array, "B T"],
         routing_BTK: UInt16[Array, "B T K"] | None = None,
+        expert_stack: ExpertStack | None = None,
     ) -> tuple[Float[Array, "B T D"], MoeAux]:
         """Sends each token to K experts.
 
@@ -101,6 +114,8 @@ class MixtureOfExperts(nnx.Module):
             bias_E: balancing bias, for selection only.
             segments_BT: 0 marks padding, which goes to no expert.
             routing_BTK: replays these choices; gates still come from the current scores.
+            expert_stack: where this layer's experts also lie; read instead of the layer's own
+                weights where fewer experts are chosen than there are.
 
         Returns:
             (output, what the layer tells).
@@ -120,7 +135,11 @@ class MixtureOfExperts(nnx.Module):
         gates_UK = router.gates(scores_UE, expert_UK, config)
 
         sent_UK = jnp.where(real_BT.reshape(-1, 1), expert_UK, config.num_experts)
-        y_UD, load_E = self._routed(x_BTD.reshape(b * t, d), gates_UK, sent_UK)
+        x_UD = x_BTD.reshape(b * t, d)
+        if expert_stack is not None and expert_UK.size <= config.num_experts:
+            y_UD, load_E = self._routed_few(x_UD, gates_UK, sent_UK, expert_stack)
+        else:
+            y_UD, load_E = self._routed(x_UD, gates_UK, sent_UK)
         y_BTD = y_UD.reshape(b, t, d)
         if config.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
@@ -155,3 +174,21 @@ class MixtureOfExperts(nnx.Module):
             return combine(y_XD, plan), load_E
 
         return run(x_UD, gates_UK, self.w_in_ED2F[...], self.w_down_EFD[...])
+
+    def _routed_few(self, x_UD, gates_UK, expert_UK, stack):
+        """`_routed` for a handful of tokens: expert e of layer l is number l * E + e."""
+        linear, num_experts = self.precision.grouped_linear, self.config.num_experts
+        layers = stack.w_in_LED2F.shape[0]
+        x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, num_experts=num_experts)
+        tile_expert = jnp.where(
+            plan.tile_expert < num_experts,
+            plan.tile_expert + stack.layer * num_experts,
+            layers * num_experts,
+        )
+        with jax.named_scope("experts"):
+            w_in = stack.w_in_LED2F.reshape(layers * num_experts, *stack.w_in_LED2F.shape[2:])
+            w_down = stack.w_down_LEFD.reshape(layers * num_experts, *stack.w_down_LEFD.shape[2:])
+            hidden_XF = swiglu(linear(x_XD, w_in, tile_expert))
+            hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
+            y_XD = linear(hidden_XF, w_down, tile_expert)
+        return combine(y_XD, plan), load_E

@@ -20,6 +20,7 @@ from dsjax.model import rope
 from dsjax.model.block import Block
 from dsjax.model.cache import Cache
 from dsjax.model.layers import norm_scale, rms_norm, weight
+from dsjax.model.moe import ExpertStack
 from dsjax.model.mtp import MtpModule
 from dsjax.precision import Precision
 from sharding.init import stack
@@ -237,6 +238,7 @@ class Transformer(nnx.Module):
             blocks, biases, choices, index = xs
             told = {}
             for key, block in zip(keys, blocks, strict=True):
+                bank = banks.get(key)
                 x_BTD, entries, aux = block(
                     x_BTD,
                     turns=turns,
@@ -248,6 +250,7 @@ class Transformer(nnx.Module):
                     fresh=cache is None or cache.fresh,
                     bias_E=biases.get(key),
                     routing_BTK=choices.get(key),
+                    expert_stack=None if bank is None else ExpertStack(bank[0], bank[1], index),
                 )
                 if entries is not None:
                     latent = latent | {key: entries}
@@ -256,6 +259,10 @@ class Transformer(nnx.Module):
             return (x_BTD, latent), told
 
         mine = {key: latent[key] for key in keys if key in latent}
+        banks = {}
+        if cache is not None and not cache.fresh:
+            ffns = {k: b.ffn for k, b in zip(keys, self.stacks[config.name], strict=True)}
+            banks = {k: (ffns[k].w_in_ED2F[...], ffns[k].w_down_EFD[...]) for k in routed}
         biases = {k: self.router_bias[k][...] for k in routed if k in self.router_bias}
         choices = {} if routing is None else {k: routing[k] for k in routed}
         index = jnp.arange(config.repeats, dtype=jnp.int32)

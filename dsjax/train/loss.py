@@ -161,9 +161,9 @@ def _shift(x_BT, steps: int):
 
 
 def _mtp_weights(weights_BT, depth: int):
-    """Weight of target i + 2 + depth at position i: every token on the way must be a target."""
-    kept_BT = weights_BT
-    for k in range(1, depth + 2):
+    """Weight of target i + 2 + depth at position i; 0 unless every token on the way is a target."""
+    kept_BT = _shift(weights_BT, depth + 1)
+    for k in range(depth + 1):
         kept_BT = kept_BT * (_shift(weights_BT, k) > 0)
     return kept_BT
 

@@ -89,7 +89,7 @@ def _machine() -> dict:
     }
 
 
-# ---- timing ---------------------------------------------------------------------------------------
+# ---- timing --------------------------------------------------------------------------------------
 
 
 def _seconds(iteration: Callable[[], object]) -> float:
@@ -131,7 +131,7 @@ def _peer(mode: str, oracle: str) -> Iterator[Callable[[], float]]:
         process.stdin.close()
 
 
-# ---- the train step -------------------------------------------------------------------------------
+# ---- the train step ------------------------------------------------------------------------------
 
 
 def random_batch(config: Config, seed: int) -> dict[str, np.ndarray]:
@@ -198,11 +198,11 @@ def _peer_generate(config: Config, repeats: int, oracle: str, seed: int) -> dict
     }
 
 
-# ---- the cost of dispatch -------------------------------------------------------------------------
+# ---- the cost of dispatch ------------------------------------------------------------------------
 
 
 def _grouped_dispatch(x_UD, gates_UK, expert_UK, *, num_experts):
-    """Rows that are already where they belong: every expert has the same share, nothing is sorted."""
+    """Rows that are already where they belong: equal shares, nothing sorted or gathered."""
     per_token = gates_UK.shape[1]
     rows = x_UD.shape[0] * per_token
     sizes_E = jnp.full((num_experts,), rows // num_experts, jnp.int32)
@@ -233,7 +233,7 @@ def _dispatch(config: Config, repeats: int, seed: int) -> dict:
     }
 
 
-# ---- share of peak, by part -----------------------------------------------------------------------
+# ---- share of peak, by part ----------------------------------------------------------------------
 
 
 def _parts(config: Config, repeats: int, seed: int) -> dict:
@@ -324,7 +324,7 @@ def _parts(config: Config, repeats: int, seed: int) -> dict:
     }
 
 
-# ---- compile time against depth -------------------------------------------------------------------
+# ---- compile time against depth ------------------------------------------------------------------
 
 
 def _compile(config: Config, seed: int) -> dict:

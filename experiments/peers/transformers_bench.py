@@ -95,8 +95,14 @@ START = {
     "cache": "dynamic",
     "compile": False,
 }
-# The sweep's winners, of two AMD EPYC cores (AVX-512); run `--sweep` again on another machine.
-VARIANTS = {mode: START for mode in MODES}
+# Of two AMD EPYC cores (AVX-512), shared, noisy. `forward` and `generate` won the final of a sweep
+# that compiled its leader alone; `train` led one that was cut short, with grouped_mm under eager
+# attention on two threads, and every optimizer, waiting and allocator but START's, untried.
+VARIANTS = {
+    "train": START | {"compile": True},
+    "forward": START | {"attention": "eager", "compile": True},
+    "generate": START | {"threads": 1, "cache": "static", "compile": True},
+}
 CHOICES = {
     "experts": EXPERTS,
     "attention": ATTENTION,

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+GATHERED_NUMBERS = 1 << 21
+
 
 @jax.custom_vjp
 def grouped_matmul(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array) -> jax.Array:
@@ -27,16 +29,7 @@ def _rows(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array, contract: i
         return jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
 
     if tiles <= num_experts:  # decoding: most experts have no tile, so only the used are visited
-        block = x_XD.shape[0] // tiles
-
-        def tile_step(tile, y):
-            x = jax.lax.dynamic_slice_in_dim(x_XD, tile * block, block)
-            w = jax.lax.dynamic_index_in_dim(w_EDF, tile_expert[tile], keepdims=False)
-            y_tile = product(x, w).astype(y.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(y, y_tile, tile * block, 0)
-
-        used = jnp.sum(tile_expert < num_experts, dtype=jnp.int32)
-        return jax.lax.fori_loop(0, used, tile_step, y)
+        return _few_tiles(x_XD, w_EDF, tile_expert, contract)
 
     window = _window_rows(x_XD.shape[0], tiles, num_experts)
 
@@ -53,6 +46,30 @@ def _rows(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array, contract: i
 
     ranges = _row_ranges(tile_expert, num_experts, x_XD.shape[0])
     return jax.lax.scan(expert_step, y, (w_EDF, *ranges))[0]
+
+
+def _few_tiles(x_XD, w_EDF, tile_expert, contract):
+    """Gathers the weights of as many tiles at once as fit a few MiB, which all cores share in."""
+    tiles, num_experts = tile_expert.shape[0], w_EDF.shape[0]
+    together = min(tiles, max(1, GATHERED_NUMBERS // (w_EDF.shape[1] * w_EDF.shape[2])))
+    groups = -(-tiles // together)
+    spare = groups * together - tiles
+    x = x_XD.reshape(tiles, -1, x_XD.shape[1])
+    x = jnp.pad(x, ((0, spare), (0, 0), (0, 0))).reshape(groups, together, *x.shape[1:])
+    expert = jnp.pad(tile_expert, (0, spare), constant_values=num_experts)
+    expert = expert.reshape(groups, together)
+    dimensions = (((2,), (contract,)), ((0,), (0,)))
+
+    def step(group, y):
+        used = expert[group] < num_experts
+        w = w_EDF.at[jnp.where(used, expert[group], 0)].get(mode="promise_in_bounds")
+        product = jax.lax.dot_general(x[group], w, dimensions, preferred_element_type=jnp.float32)
+        return y.at[group].set(jnp.where(used[:, None, None], product, 0).astype(y.dtype))
+
+    y = jnp.zeros((*x.shape[:3], w_EDF.shape[3 - contract]), x_XD.dtype)
+    busy = jnp.sum(expert[:, 0] < num_experts, dtype=jnp.int32)
+    y = jax.lax.fori_loop(0, busy, step, y)
+    return y.reshape(groups * together, *y.shape[2:])[:tiles].reshape(x_XD.shape[0], -1)
 
 
 def _window_rows(rows: int, tiles: int, num_experts: int) -> int:
@@ -77,9 +94,7 @@ def _window(first: jax.Array, last: jax.Array, window: int, rows: int):
     return start, (row >= first) & (row < last)
 
 
-def _row_ranges(
-    tile_expert: jax.Array, num_experts: int, rows: int
-) -> tuple[jax.Array, jax.Array]:
+def _row_ranges(tile_expert: jax.Array, num_experts: int, rows: int) -> tuple[jax.Array, jax.Array]:
     """First and past-the-last row of each expert; tiles are sorted by expert."""
     experts = jnp.arange(num_experts + 1)
     border = jnp.searchsorted(tile_expert, experts, method="compare_all").astype(jnp.int32)

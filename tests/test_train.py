@@ -1,0 +1,699 @@
+"""Schedules, optimizer, losses, the step in two programs, and runs that stop and go on."""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dsjax.checkpoint import Checkpoints, read_params
+from dsjax.config import OptimizerConfig, PhaseConfig, ScheduleConfig, SourceConfig, constant
+from dsjax.model.router import health
+from dsjax.model.transformer import build, split
+from dsjax.precision import Precision
+from dsjax.presets import preset, v3_bias_speed, v3_learning_rate, v3_mtp_weight
+from dsjax.train import loop, loss
+from dsjax.train.loss import PretrainLoss, cross_entropy
+from dsjax.train.metrics import METRICS_FILE, MetricsWriter, plot_loss, read_metrics
+from dsjax.train.optimizer import adamw, decays
+from dsjax.train.schedule import value_at
+from dsjax.train.state import create
+from dsjax.train.step import make_train_step
+from sharding.rules import AxisRules
+from tests.helpers import (
+    FLOAT32,
+    assert_trees_near,
+    distance,
+    packed_batch,
+)
+from tests.reference import mtp as reference_mtp
+from tests.reference import optimizer as reference
+
+# ---- schedules ----------------------------------------------------------------------------------
+
+
+def values(schedule, progress):
+    return jax.jit(jax.vmap(lambda p: value_at(schedule, p)))(jnp.asarray(progress, jnp.float32))
+
+
+# Many shares of the run, and both sides of every border (float32 tells 1e-6 apart).
+BORDERS = [0.05, reference.CONSTANT_UNTIL, reference.COSINE_UNTIL, reference.MIDDLE_UNTIL]
+PROGRESS = np.concatenate(
+    [np.linspace(0.0, 1.0, 203), *([border - 1e-6, border + 1e-6] for border in BORDERS)]
+)
+
+
+def test_v3_schedules_against_the_oracle():
+    rate = 2.2e-4 * values(v3_learning_rate(warmup=0.05), PROGRESS)
+    wanted = [reference.v3_learning_rate(p, warmup=0.05) for p in PROGRESS]
+    np.testing.assert_allclose(rate, wanted, rtol=1e-5, atol=1e-10)
+    for schedule, oracle in (
+        (v3_mtp_weight(), reference.v3_mtp_weight),
+        (v3_bias_speed(), reference.v3_bias_speed),
+    ):
+        wanted = [oracle(p) for p in PROGRESS]
+        np.testing.assert_allclose(values(schedule, PROGRESS), wanted, rtol=1e-6)
+
+
+def test_phases_by_hand():
+    phases = (
+        PhaseConfig(until=0.25, value=2.0, shape="linear"),
+        PhaseConfig(until=0.5, value=-1.0, shape="cosine"),
+        PhaseConfig(until=1.0, value=0.5),
+    )
+    schedule = ScheduleConfig(start=1.0, phases=phases)
+    progress = [0.0, 0.125, 0.25, 0.375, 0.4375, 0.5, 0.75, 1.0, 1.5]
+    cosine = -1.0 + 3.0 * 0.5 * (1.0 + math.cos(math.pi * 0.75))
+    wanted = [1.0, 1.5, 2.0, 0.5, cosine, 0.5, 0.5, 0.5, 0.5]
+    np.testing.assert_allclose(values(schedule, progress), wanted, atol=1e-6)
+    assert value_at(schedule, 0.3).dtype == jnp.float32
+    np.testing.assert_allclose(values(constant(0.3), progress), 0.3, rtol=1e-7)
+    rising = ScheduleConfig(start=0.0, phases=(PhaseConfig(until=1.0, value=4.0, shape="linear"),))
+    np.testing.assert_allclose(values(rising, [0.25, 1.0, 1.1]), [1.0, 4.0, 4.0])
+
+
+# ---- optimizer ----------------------------------------------------------------------------------
+
+DECAYED = {"matrix": True, "stacked": True, "scale": False}
+
+
+def optimizer_case(steps=5):
+    """Parameters, and gradients of which some are clipped and some are not."""
+    rng = np.random.default_rng(1)
+    shapes = {"matrix": (5, 4), "stacked": (3, 4, 2), "scale": (3, 4)}
+    params = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+    sizes = [10.0, 0.05, 3.0, 0.1, 0.02][:steps]
+    grads = [
+        {name: size * rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+        for size in sizes
+    ]
+    return params, grads
+
+
+def optimize(config, params, grads):
+    """Our optimizer over several steps; progress moves with them."""
+    optimizer = adamw(config, DECAYED)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, grads, progress):
+        updates, state = optimizer.update(grads, state, params, progress=progress)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.asarray, params)
+    for i, gradient in enumerate(grads):
+        params, state = step(params, state, gradient, jnp.float32(i / len(grads)))
+    return params, state
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 1e9])
+def test_adamw_against_the_oracle(clip_norm):
+    falling = ScheduleConfig(start=1.0, phases=(PhaseConfig(until=1.0, value=0.1, shape="cosine"),))
+    config = OptimizerConfig(learning_rate=0.1, schedule=falling, clip_norm=clip_norm)
+    params, grads = optimizer_case()
+    got, state = optimize(config, params, grads)
+    wanted = params
+    first = second = {name: np.zeros(p.shape) for name, p in params.items()}
+    for i, gradient in enumerate(grads):
+        share = i / len(grads)
+        wanted, first, second, _ = reference.adamw_step(
+            wanted,
+            gradient,
+            first,
+            second,
+            i + 1,
+            learning_rate=0.1 * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * share))),
+            clip_norm=clip_norm,
+            decayed={name for name, decayed in DECAYED.items() if decayed},
+        )
+    assert_trees_near(got, wanted)
+    assert_trees_near(state["mu"], first)
+    assert_trees_near(state["nu"], second)
+    assert int(state["count"]) == len(grads)
+
+
+def test_adamw_equals_optax():
+    config = OptimizerConfig(learning_rate=0.05)
+    params, grads = optimizer_case()
+    theirs = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            config.learning_rate,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=DECAYED,
+        ),
+    )
+    wanted = jax.tree.map(jnp.asarray, params)
+    state = theirs.init(wanted)
+    for gradient in grads:
+        updates, state = theirs.update(gradient, state, wanted)
+        wanted = optax.apply_updates(wanted, updates)
+    assert_trees_near(optimize(config, params, grads)[0], wanted)
+
+
+def test_moments_in_bfloat16_stay_so_and_near():
+    config = OptimizerConfig(learning_rate=0.05)
+    short = dataclasses.replace(config, moment_dtype="bfloat16")
+    params, grads = optimizer_case()
+    wanted, _ = optimize(config, params, grads)
+    got, state = optimize(short, params, grads)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {
+        jnp.dtype("int32"),
+        jnp.dtype("bfloat16"),
+    }
+    chex.assert_trees_all_equal_dtypes(got, wanted)
+    moved = jax.tree.map(lambda a, b: a - b, wanted, params)
+    moved_short = jax.tree.map(lambda a, b: a - b, got, params)
+    assert_trees_near(moved_short, moved, 0.02)  # bfloat16 keeps 8 bits: 2**-8 a rounding
+    assert distance(moved_short["matrix"], moved["matrix"]) > 0.0
+
+
+@pytest.mark.parametrize("name", ["nano", "deepseek_v2_lite"])
+def test_matrices_decay_and_scales_of_norms_do_not(name):
+    """Those of a stack have rank 2, like a matrix."""
+    model = jax.eval_shape(build(preset(name)), jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(decays(model))
+    assert len(leaves) > 20
+    for path, decayed in leaves:
+        text = jax.tree_util.keystr(path)
+        assert decayed == ("norm" not in text), text
+
+
+# ---- cross entropy ------------------------------------------------------------------------------
+
+FLOAT32_PRECISION = Precision.of(preset("nano").precision)
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 7 * 11, 16 * 11, 1 << 23])
+def test_cross_entropy_in_chunks(rng, monkeypatch, chunk_logits):
+    """Value and gradients; 53 tokens make 53, 8 (padded), 4 (padded) chunks and one."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_logits)
+    tokens, width, vocab = 53, 6, 11
+    hidden_UD = jnp.asarray(rng.standard_normal((tokens, width)), jnp.float32)
+    head_DV = jnp.asarray(3.0 * rng.standard_normal((width, vocab)), jnp.float32)
+    targets_U = jnp.asarray(rng.integers(0, vocab, tokens), jnp.int32)
+    weights_U = jnp.asarray(rng.random(tokens) * (rng.random(tokens) < 0.7), jnp.float32)
+
+    def chunked(hidden_UD, head_DV):
+        value = cross_entropy(FLOAT32_PRECISION, hidden_UD, head_DV, targets_U, weights_U)
+        return jnp.square(value)  # so that the cotangent is not 1
+
+    def plain(hidden_UD, head_DV):
+        log_UV = jax.nn.log_softmax(hidden_UD @ head_DV)
+        chosen_U = jnp.take_along_axis(log_UV, targets_U[:, None], axis=-1)[:, 0]
+        return jnp.square(jnp.sum(weights_U * chosen_U))
+
+    wanted, wanted_grads = jax.value_and_grad(plain, (0, 1))(hidden_UD, head_DV)
+    got, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden_UD, head_DV)
+    np.testing.assert_allclose(chunked(hidden_UD, head_DV), wanted, rtol=FLOAT32)  # forward alone
+    np.testing.assert_allclose(got, wanted, rtol=FLOAT32)
+    assert_trees_near(grads, wanted_grads)
+    assert not np.asarray(grads[0])[np.asarray(weights_U) == 0].any()
+
+
+def test_cross_entropy_never_has_all_logits(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 1 << 14)
+    tokens, width, vocab = 1024, 8, 512
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, width), (width, vocab))]
+    arrays += [jax.ShapeDtypeStruct((tokens,), d) for d in (jnp.int32, jnp.float32)]
+    of = jax.grad(lambda h, w, *x: cross_entropy(FLOAT32_PRECISION, h, w, *x), (0, 1))
+    analysis = jax.jit(of).lower(*arrays).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < tokens * vocab * 4 / 3
+
+
+def test_cross_entropy_of_huge_logits_is_finite():
+    """And a weight of 0 leaves a token out, whatever its target."""
+    hidden_UD, head_DV = jnp.array([[1e4], [-1e4], [1.0]]), jnp.array([[5.0, -5.0]])
+    targets_U, weights_U = jnp.array([1, 1, 0]), jnp.array([1.0, 1.0, 0.0])
+    value, grads = jax.value_and_grad(
+        lambda *x: cross_entropy(FLOAT32_PRECISION, *x, targets_U, weights_U), (0, 1)
+    )(hidden_UD, head_DV)
+    np.testing.assert_allclose(value, 1e5, rtol=1e-6)
+    chex.assert_tree_all_finite(grads)
+
+
+# ---- the step -----------------------------------------------------------------------------------
+
+
+def base_config():
+    """`nano` that learns in few steps.
+
+    The bias stands still at the end of the run, in the midst of a phase of learning rate and MTP
+    weight, so that a later progress is a control that runs the same programs. Adam's first step
+    divides a gradient by its own size, and so turns rounding errors of a gradient near 0 into whole
+    steps; a larger eps does not.
+    """
+    config = preset("nano")
+    speed = (PhaseConfig(until=0.98, value=5e-3), PhaseConfig(until=1.0, value=0.0))
+    train = dataclasses.replace(
+        config.train,
+        batch_size=4,
+        optimizer=dataclasses.replace(config.train.optimizer, learning_rate=1e-2, eps=1e-6),
+        bias_speed=ScheduleConfig(start=5e-3, phases=speed),
+    )
+    return dataclasses.replace(config, train=train)
+
+
+BASE = base_config()
+# Progress: full learning rate; and a tenth of it, with and without bias updates.
+FAST, BIASED, UNBIASED = 0.3, 0.97, 0.985
+UNEVEN = [(20, 3, 41), (64,), (1, 1, 2, 30), (40,)]  # and so many padded positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """A loss that counts how often it is traced."""
+
+    inner: PretrainLoss
+    traces: list = dataclasses.field(default_factory=list)
+
+    def totals(self, batch, progress):
+        return self.inner.totals(batch, progress)
+
+    def __call__(self, model, batch, totals):
+        self.traces.append(batch["tokens_BT"].shape)
+        return self.inner(model, batch, totals)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nano:
+    """A step of `nano` and its first state, as NumPy arrays: steps donate theirs."""
+
+    step: object
+    first: object
+    optimizer: object
+    loss: Counted
+
+    def run(self, batch, *, progress=FAST, micro_batch_size=4, steps=1):
+        state, metrics = jax.tree.map(jnp.array, self.first), None
+        for _ in range(steps):
+            state, metrics = self.step(
+                state, batch, progress=progress, micro_batch_size=micro_batch_size
+            )
+        return jax.device_get((state, metrics))
+
+
+def make_nano(config):
+    graphdef, state, optimizer = create(config, jax.random.key(0), AxisRules())
+    counted = Counted(PretrainLoss.of(config))
+    step = make_train_step(graphdef, counted, optimizer, bias_speed=config.train.bias_speed)
+    return Nano(step, jax.device_get(state), optimizer, counted)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return make_nano(BASE)
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """Rows that differ in documents, padding and weights."""
+    batch = packed_batch(np.random.default_rng(5), 512, UNEVEN)
+    weights = np.random.default_rng(6).uniform(0.25, 1.0, (4, 64)).astype(np.float32)
+    batch["weights_BT"] = batch["weights_BT"] * weights
+    return batch
+
+
+@pytest.fixture(scope="module")
+def whole(nano, uneven):
+    """A step on the whole batch at once."""
+    return nano.run(uneven)
+
+
+@pytest.mark.parametrize(("micro_batch_size", "remat"), [(2, "full"), (1, "none")])
+def test_micro_batched_equals_whole(nano, uneven, whole, micro_batch_size, remat):
+    if remat != "none":
+        train = dataclasses.replace(BASE.train, remat=remat)
+        nano = make_nano(dataclasses.replace(BASE, train=train))
+    before = len(nano.loss.traces)
+    state, metrics = nano.run(uneven, micro_batch_size=micro_batch_size)
+    wanted, wanted_metrics = whole
+    assert_trees_near(state.params, wanted.params)
+    assert_trees_near(state.opt, wanted.opt)
+    chex.assert_trees_all_equal(state.bias, wanted.bias)
+    for name, value in metrics.items():
+        if name.startswith("load/"):  # with remat, too: nothing is counted twice
+            np.testing.assert_array_equal(value, wanted_metrics[name])
+        else:
+            np.testing.assert_allclose(value, wanted_metrics[name], rtol=FLOAT32, err_msg=name)
+    assert len(nano.loss.traces) == before + 1
+
+
+def test_loads_count_every_token_once(whole, uneven):
+    _, metrics = whole
+    per_token = BASE.model.stacks[1].blocks[0].ffn.num_experts_per_token
+    real = int((uneven["segments_BT"] != 0).sum())
+    np.testing.assert_array_equal(metrics["load/moe"].sum(axis=1), per_token * real)
+    # MTP has no use for the last token of a document.
+    documents = sum(map(len, UNEVEN))
+    np.testing.assert_array_equal(metrics["load/mtp"].sum(axis=1), per_token * (real - documents))
+
+
+def test_the_bias_follows_the_load_and_not_the_optimizer(nano, whole):
+    state, metrics = whole
+    for stack, bias_LE in state.bias.items():
+        load_LE = metrics[f"load/{stack}"]
+        error_LE = load_LE.mean(axis=1, keepdims=True) - load_LE
+        np.testing.assert_allclose(bias_LE, 5e-3 * np.sign(error_LE), rtol=1e-6)
+        assert bias_LE.any()
+        for sign, value_L in health(jnp.asarray(load_LE), jnp.asarray(bias_LE)).items():
+            np.testing.assert_allclose(metrics[f"router/{stack}/{sign}"], value_L, rtol=1e-5)
+    assert "router_bias" not in json.dumps(jax.tree.map(np.shape, state.opt))
+    chex.assert_trees_all_equal_structs(state.opt["mu"], state.params)
+    assert set(state.opt) == {"count", "mu", "nu"}
+    # Without speed it stays where it is, while the parameters move.
+    still, _ = nano.run(whole_batch(1), progress=UNBIASED)
+    chex.assert_trees_all_equal(still.bias, nano.first.bias)
+    assert distance(still.params["embed_VD"], nano.first.params["embed_VD"]) > 0.0
+
+
+def whole_batch(seed):
+    """Four rows of one document each, tokens as unevenly frequent as words are."""
+    batch = packed_batch(np.random.default_rng(seed), 512, [(64,)] * 4)
+    rank = np.arange(1, 513)
+    tokens = np.random.default_rng(seed).choice(512, (4, 64), p=1 / rank / (1 / rank).sum())
+    batch["tokens_BT"] = tokens.astype(np.int32)
+    batch["targets_BT"][:, :-1] = tokens[:, 1:]
+    return batch
+
+
+def test_rows_that_do_not_divide_are_refused(nano, uneven):
+    with pytest.raises(ValueError, match="4 rows do not divide into micro-batches of 3"):
+        nano.run(uneven, micro_batch_size=3)
+
+
+# ---- multi-token prediction ---------------------------------------------------------------------
+
+
+def gradients(nano, batch, totals):
+    """What `accumulate` sums over one whole batch."""
+    state = nano.first
+    sums = nano.step.zero(state.params, state.bias, batch, totals)
+    return jax.device_get(nano.step.accumulate(state.params, state.bias, sums, batch, totals))
+
+
+def test_mtp_trains_its_module_and_the_model(nano, uneven):
+    totals = nano.loss.totals(uneven, FAST)
+    np.testing.assert_allclose(totals.mtp_scale, 0.3)
+    with_mtp = gradients(nano, uneven, totals)
+    without = gradients(nano, uneven, dataclasses.replace(totals, mtp_scale=np.float32(0.0)))
+    assert with_mtp["metrics"]["loss_mtp"] > 1.0
+    np.testing.assert_allclose(with_mtp["metrics"]["loss_mtp"], without["metrics"]["loss_mtp"])
+    for sums, scale in ((with_mtp, 0.3), (without, 0.0)):
+        parts = sums["metrics"]
+        total = parts["loss"] + scale * parts["loss_mtp"] + 1e-4 * parts["loss_balance"]
+        np.testing.assert_allclose(parts["loss_total"], total, rtol=FLOAT32)
+    modules = with_mtp["grads"]["mtp_modules"], without["grads"]["mtp_modules"]
+    with_norm, without_norm = (float(optax.tree.norm(grads)) for grads in modules)
+    assert without_norm < 1e-2 * with_norm  # what is left is its router's balance
+    for name in ("embed_VD", "head_DV"):
+        assert distance(with_mtp["grads"][name], without["grads"][name]) > 0.05
+
+
+def test_mtp_ends_with_the_document(nano, uneven):
+    """The tokens of the next document change no loss of the one before; loads aside."""
+    first = dict(uneven, weights_BT=uneven["weights_BT"] * (uneven["segments_BT"] == 1))
+    other = dict(first)
+    for name in ("tokens_BT", "targets_BT"):
+        elsewhere = np.roll(uneven["segments_BT"], -1 if name == "targets_BT" else 0, axis=1) != 1
+        other[name] = np.where(elsewhere, (first[name] + 100) % 512, first[name])
+    totals = nano.loss.totals(first, FAST)
+    got, wanted = (gradients(nano, batch, totals)["metrics"] for batch in (other, first))
+    for name in ("loss", "loss_mtp"):
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-6)
+
+
+def test_totals_count_what_is_predicted(uneven):
+    """At each depth the weights of the targets themselves; a mean, not a sum, over depths."""
+    model = dataclasses.replace(BASE.model, mtp=dataclasses.replace(BASE.model.mtp, depth=3))
+    pretrain_loss = PretrainLoss.of(dataclasses.replace(BASE, model=model))
+    totals = pretrain_loss.totals(uneven, FAST)
+    segments_BT, weights_BT = uneven["segments_BT"], uneven["weights_BT"]
+    np.testing.assert_allclose(totals.weight, weights_BT.sum(), rtol=FLOAT32)
+    np.testing.assert_array_equal(totals.rows, 4)
+    for depth in (1, 2, 3):
+        real_BT = reference_mtp.depth_segments(segments_BT, depth) != 0
+        wanted = (np.pad(weights_BT, ((0, 0), (0, depth)))[:, depth:] * real_BT).sum()
+        np.testing.assert_allclose(totals.mtp_weight[depth - 1], wanted, rtol=FLOAT32)
+        np.testing.assert_array_equal(totals.mtp_rows[depth - 1], real_BT.any(axis=1).sum())
+    nothing = {name: np.zeros_like(value) for name, value in uneven.items()}
+    for value in jax.tree.leaves(pretrain_loss.totals(nothing, 0.0)):
+        assert (np.asarray(value) > 0).all()  # they divide
+
+
+# ---- learning -----------------------------------------------------------------------------------
+
+
+def test_one_batch_is_learnt_by_heart(nano, uneven):
+    weights = (uneven["weights_BT"] > 0).astype(np.float32)
+    state, metrics = nano.run(dict(uneven, weights_BT=weights), steps=120)
+    assert metrics["loss"] < 0.1
+    assert int(state.step) == int(state.opt["count"]) == 120
+    chex.assert_tree_all_finite(state.params)
+
+
+def test_bias_updates_even_the_load(nano):
+    """On fresh batches: far below the control, which trains alike but for the bias."""
+
+    def violation(progress):
+        state, seen = jax.tree.map(jnp.array, nano.first), []
+        for seed in range(60):
+            state, metrics = nano.step(
+                state, whole_batch(seed), progress=progress, micro_batch_size=4
+            )
+            seen.append(metrics["router/moe/max_violation"])
+        return np.mean(jax.device_get(seen[-15:]))
+
+    assert violation(BIASED) < 0.7 * violation(UNBIASED)
+
+
+def test_bfloat16_computes_and_float32_remembers():
+    train = dataclasses.replace(
+        BASE.train, optimizer=dataclasses.replace(BASE.train.optimizer, moment_dtype="bfloat16")
+    )
+    precision = dataclasses.replace(BASE.precision, compute_dtype="bfloat16")
+    nano = make_nano(dataclasses.replace(BASE, train=train, precision=precision))
+    state, metrics = nano.run(whole_batch(0), steps=8)
+    chex.assert_tree_all_finite((state, metrics))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.opt["nu"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.bias)} == {"float32"}
+    assert metrics["loss"] < 6.0 < math.log(512)
+    assert len(nano.loss.traces) == 1
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+STEPS = 20
+
+
+class Traces(collections.Counter):
+    """Counts the functions that jax traces, by name, while it listens."""
+
+    def __enter__(self):
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+    def _hear(self, event, seconds, **details):
+        if event == "/jax/core/compile/jaxpr_trace_duration":
+            self[details.get("fun_name")] += 1
+
+
+def run_config():
+    """Twenty steps of two micro-batches on a little of the standard library, evaluated often."""
+    data = dataclasses.replace(
+        BASE.data,
+        sources=(SourceConfig(path="builtin:python"),),
+        max_bytes_per_source=60_000,
+        held_out_fraction=0.2,
+    )
+    train = dataclasses.replace(
+        BASE.train,
+        total_tokens=STEPS * BASE.train.tokens_per_step,
+        micro_batch_size=2,
+        remat="full",
+        eval_every_steps=4,
+        save_every_steps=5,
+    )
+    return dataclasses.replace(BASE, data=data, train=train)
+
+
+def poisoned(make, number):
+    """`make_train_batches` whose batch of this number, from 0, has weights that are no numbers."""
+
+    def made(*arguments):
+        batches = make(*arguments)
+        draw = type(batches).__next__
+
+        class Poisoned(type(batches)):
+            def __next__(self):
+                mine = self.get_state()["next_batch"] == number
+                batch = draw(self)
+                if mine:
+                    batch["weights_BT"] = batch["weights_BT"] * np.nan
+                return batch
+
+        batches.__class__ = Poisoned
+        return batches
+
+    return made
+
+
+def make_runs(folder):
+    """An unbroken run; and one stopped at step 7, broken at 14 by a loss of NaN, and resumed.
+
+    They share the programs that the first one traces.
+    """
+    config, told, kept = run_config(), {}, {}
+    counted = Counted(PretrainLoss.of(config))
+    make = loop.make_train_step
+    unbroken, broken = str(folder / "unbroken"), str(folder / "broken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.PretrainLoss, "of", lambda config: counted)
+        patch.setattr(
+            loop, "make_train_step", lambda *x, **y: kept.setdefault("step", make(*x, **y))
+        )
+        with Traces() as traces:
+            told["unbroken"] = dataclasses.asdict(loop.pretrain(config, unbroken, seed=3))
+        told["traces"], told["loss_traces"] = traces, list(counted.traces)
+        loop.pretrain(config, broken, seed=3, stop_at_step=7)
+        with pytest.MonkeyPatch.context() as poison:
+            poison.setattr(loop, "make_train_batches", poisoned(loop.make_train_batches, 13))
+            with pytest.raises(FloatingPointError) as caught:
+                loop.pretrain(config, broken, seed=3)
+        told["error"], told["rows"] = str(caught.value), read_metrics(broken)
+        checkpoints = Checkpoints(broken, keep=2)
+        told["latest"] = checkpoints.latest_step()
+        checkpoints.close()
+        told["broken"] = dataclasses.asdict(loop.pretrain(config, broken, seed=3))
+        told["all_loss_traces"] = list(counted.traces)
+    return told | {"folders": [unbroken, broken]}
+
+
+@pytest.fixture(scope="module")
+def runs(once):
+    return once("runs that stop and go on", make_runs)
+
+
+def test_a_run_traces_each_program_once(runs):
+    """In twenty steps of two micro-batches, with evaluations between."""
+    assert runs["loss_traces"] == [[2, 64]]
+    assert runs["traces"]["accumulate"] == 1
+    assert runs["traces"]["apply"] == 1
+    assert runs["traces"]["nats"] == 1
+    assert runs["unbroken"]["step"] == STEPS
+    assert runs["all_loss_traces"] == runs["loss_traces"]  # nor again with what was restored
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(runs):
+    """The last checkpoint stays, and no row tells of the step."""
+    assert runs["error"] == "loss is nan at step 14"
+    assert runs["latest"] == 10
+    assert runs["rows"][-1]["step"] == 13
+    assert all(row["loss"] is not None for row in runs["rows"] if "loss" in row)
+
+
+def test_a_resumed_run_equals_an_unbroken_one(runs):
+    """Every number of every row, evaluations too, and the parameters, bit for bit."""
+    wanted, rows = (read_metrics(folder) for folder in runs["folders"])
+    for row in (*wanted, *rows):
+        for name in ("tokens_per_s", "elapsed_s"):
+            row.pop(name, None)
+    # Where it was stopped on purpose it was evaluated once more.
+    extra = [row for row in rows if row["step"] == 7 and "loss" not in row]
+    assert len(extra) == 1
+    assert [row for row in rows if row is not extra[0]] == wanted
+    assert [row["step"] for row in wanted] == [0, *range(1, STEPS + 1), STEPS]
+    evaluated = [row["step"] for row in wanted if "eval_loss" in row]
+    assert evaluated == [0, 4, 8, 12, 16, STEPS]
+    for name in ("before", "after"):
+        assert runs["broken"][name] == runs["unbroken"][name]
+    assert runs["unbroken"]["after"]["eval_loss"] < runs["unbroken"]["before"]["eval_loss"]
+
+    model = jax.eval_shape(build(run_config()), jax.random.key(0))
+    _, params, bias = split(model)
+    optimizer = adamw(run_config().train.optimizer, decays(model))
+    like = {"params": params, "bias": bias, "opt": jax.eval_shape(optimizer.init, params)}
+    states = [read_params(folder, like) for folder in runs["folders"]]
+    assert [step for _, step in states] == [STEPS, STEPS]
+    chex.assert_trees_all_equal(states[0][0], states[1][0])
+    kept = pathlib.Path(runs["folders"][1], "checkpoints").iterdir()
+    assert sorted(path.name for path in kept) == ["15", "20"]
+
+
+def test_rows_tell_the_schedules_and_the_health(runs):
+    train = run_config().train
+    rows = [row for row in read_metrics(runs["folders"][0]) if "loss" in row]
+    assert len(rows) == STEPS
+    for row in rows:
+        progress = (row["step"] - 1) / STEPS
+        rate = 1e-2 * float(value_at(train.optimizer.schedule, progress))
+        np.testing.assert_allclose(row["learning_rate"], rate, rtol=1e-6)
+        np.testing.assert_allclose(row["bias_speed"], 5e-3)
+        assert row["tokens"] == row["step"] * train.tokens_per_step
+        assert np.shape(row["router/moe/max_violation"]) == (2,)
+        assert np.shape(row["load/mtp"]) == (1, 8)
+    assert "tokens_per_s" not in rows[0]  # that step compiled
+    assert all(row["tokens_per_s"] > 0 for row in rows[1:])
+
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+
+def test_the_writer_refuses_names_it_does_not_know(tmp_path):
+    writer = MetricsWriter(tmp_path, after_step=0)
+    with pytest.raises(ValueError, match="unknown metric 'los'; did you mean 'loss'"):
+        writer.write({"step": 1, "los": 2.0})
+    with pytest.raises(ValueError, match="unknown metric 'rooter/moe'"):
+        writer.write({"step": 1, "rooter/moe": 2.0})
+    writer.write({"step": 1, "loss": np.float32(0.5), "load/moe": np.array([[1, 2]])})
+    writer.write({"step": 2, "loss": float("nan"), "router/moe/x": jnp.array([1.0, jnp.inf])})
+    writer.close()
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 0.5, "load/moe": [[1, 2]]},
+        {"step": 2, "loss": None, "router/moe/x": [1.0, None]},
+    ]
+
+
+def test_the_writer_drops_what_is_written_again(tmp_path):
+    path = tmp_path / METRICS_FILE
+    whole = "".join(json.dumps({"step": n, "loss": n / 2}) + "\n" for n in range(1, 6))
+    path.write_text(whole + '{"step": 6, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    writer = MetricsWriter(tmp_path, after_step=3)
+    assert writer.has(3, "loss")
+    assert not writer.has(4, "loss")
+    assert not writer.has(3, "eval_loss")
+    writer.write({"step": 4, "loss": 9.0})
+    writer.close()
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [0.5, 1.0, 1.5, 9.0]
+    path.write_text(whole + '{"step": 6, "lo')  # cut short, all before it kept
+    writer = MetricsWriter(tmp_path, after_step=9)
+    writer.write({"step": 6, "loss": 3.0})
+    writer.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_metrics_is_no_rows(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_the_picture(tmp_path, runs):
+    pytest.importorskip("matplotlib")
+    for folder in (pathlib.Path(runs["folders"][0]), tmp_path):  # the second has nothing to draw
+        path = plot_loss(folder)
+        assert path == folder / "loss.png"
+        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
