@@ -49,12 +49,16 @@ def v3_learning_rate(warmup: float = 2000 * 3072 * 4096 / V3_TOKENS) -> Schedule
     )
 
 
-def v3_bias_speed() -> ScheduleConfig:
-    """Gamma 1e-3 for 14.3T tokens, then 0 (V3 report 4.2)."""
+def v3_bias_speed(speed: float = 1e-3) -> ScheduleConfig:
+    """Gamma for 14.3T of V3's tokens, then 0 (V3 report 4.2; 1e-3 there).
+
+    Args:
+        speed: short runs want more: in 1e-3 steps a bias takes hundreds of them to matter.
+    """
     return ScheduleConfig(
-        start=1e-3,
+        start=speed,
         phases=(
-            PhaseConfig(until=14.3e12 / V3_TOKENS, value=1e-3),
+            PhaseConfig(until=14.3e12 / V3_TOKENS, value=speed),
             PhaseConfig(until=1.0, value=0.0),
         ),
     )
@@ -306,8 +310,8 @@ def tiny() -> Config:
             seq_len=256,
             batch_size=4,
             total_tokens=1_600_000,
-            optimizer=OptimizerConfig(learning_rate=3e-3, schedule=v3_learning_rate(warmup=0.03)),
-            bias_speed=v3_bias_speed(),
+            optimizer=OptimizerConfig(learning_rate=1.5e-3, schedule=v3_learning_rate(warmup=0.03)),
+            bias_speed=v3_bias_speed(5e-3),
             mtp_loss_weight=v3_mtp_weight(),
         ),
     )

@@ -28,18 +28,23 @@ def stack[M: nnx.Module](make: Callable[[jax.Array], M], keys: Key[Array, " L"])
 
 
 def init[M: nnx.Module](make: Callable[[jax.Array], M], key: PRNGKeyArray, rules: AxisRules) -> M:
-    """Builds a module with every array sharded by its logical axes from the start.
+    """Builds a module with every array sharded by its logical axes from the start."""
+    return program(make, key, rules)(key)
+
+
+def program(make: Callable, key: PRNGKeyArray, rules: AxisRules) -> jax.stages.Wrapped:
+    """The function of a key, under `jit`, that `init` runs.
 
     `jit(out_shardings=)` would hold replicated temporaries on an explicit mesh; `auto_axes` does
     not. Without a mesh it is a plain `jit`.
     """
     # It runs once: on CPU, compiling it unoptimised takes a third of the time in all.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    if jax.sharding.get_abstract_mesh().empty:
-        return jax.jit(make, compiler_options=options)(key)
-    abstract = jax.eval_shape(make, key)
-    specs = jax.tree.map(
-        lambda variable: rules(*variable.get_metadata()["axes"]), abstract, is_leaf=is_variable
-    )
-    sharded = jax.sharding.auto_axes(make, out_sharding=specs)
-    return jax.jit(sharded, compiler_options=options)(key)
+    if not jax.sharding.get_abstract_mesh().empty:
+        specs = jax.tree.map(
+            lambda variable: rules(*variable.get_metadata()["axes"]),
+            jax.eval_shape(make, key),
+            is_leaf=is_variable,
+        )
+        make = jax.sharding.auto_axes(make, out_sharding=specs)
+    return jax.jit(make, compiler_options=options)

@@ -10,7 +10,7 @@ from dsjax.plan.count import ParameterCounts, cache_bytes_per_token, parameter_c
 from dsjax.presets import deepseek_v2, deepseek_v2_lite, deepseek_v3, nano, preset, presets, tiny
 from dsjax.train.schedule import value_at
 
-# shared/design/facts.md, "Architectures": the published config.json files say the same.
+# From the reports; the published config.json files say the same.
 PUBLISHED = {
     #                     V2-Lite   V2      V3
     "layers": (27, 60, 61),

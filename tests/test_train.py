@@ -24,7 +24,7 @@ from dsjax.train.loss import PretrainLoss, cross_entropy
 from dsjax.train.metrics import METRICS_FILE, MetricsWriter, plot_loss, read_metrics
 from dsjax.train.optimizer import adamw, decays
 from dsjax.train.schedule import value_at
-from dsjax.train.state import create
+from dsjax.train.state import TrainState, create
 from dsjax.train.step import make_train_step
 from sharding.rules import AxisRules
 from tests.helpers import (
@@ -246,7 +246,7 @@ def test_cross_entropy_of_huge_logits_is_finite():
 
 
 def base_config():
-    """`nano` that learns in few steps.
+    """`nano` that learns in few steps; without its dense layer, which takes time to compile.
 
     The bias stands still at the end of the run, in the midst of a phase of learning rate and MTP
     weight, so that a later progress is a control that runs the same programs. Adam's first step
@@ -261,7 +261,8 @@ def base_config():
         optimizer=dataclasses.replace(config.train.optimizer, learning_rate=1e-2, eps=1e-6),
         bias_speed=ScheduleConfig(start=5e-3, phases=speed),
     )
-    return dataclasses.replace(config, train=train)
+    model = dataclasses.replace(config.model, stacks=config.model.stacks[1:])
+    return dataclasses.replace(config, model=model, train=train)
 
 
 BASE = base_config()
@@ -291,7 +292,6 @@ class Nano:
 
     step: object
     first: object
-    optimizer: object
     loss: Counted
 
     def run(self, batch, *, progress=FAST, micro_batch_size=4, steps=1):
@@ -303,16 +303,21 @@ class Nano:
         return jax.device_get((state, metrics))
 
 
-def make_nano(config):
-    graphdef, state, optimizer = create(config, jax.random.key(0), AxisRules())
+def make_nano(config, params):
+    model = jax.eval_shape(build(config), jax.random.key(0))
+    graphdef, _, bias = split(model)
+    bias = jax.tree.map(lambda b: np.zeros(b.shape, b.dtype), bias)
+    optimizer = adamw(config.train.optimizer, decays(model))
+    first = TrainState(np.int32(0), params, bias, jax.device_get(optimizer.init(params)), {})
     counted = Counted(PretrainLoss.of(config))
     step = make_train_step(graphdef, counted, optimizer, bias_speed=config.train.bias_speed)
-    return Nano(step, jax.device_get(state), optimizer, counted)
+    return Nano(step, first, counted)
 
 
 @pytest.fixture(scope="module")
 def nano():
-    return make_nano(BASE)
+    _, state, _ = create(BASE, jax.random.key(0), AxisRules())
+    return make_nano(BASE, jax.device_get(state.params))
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +339,7 @@ def whole(nano, uneven):
 def test_micro_batched_equals_whole(nano, uneven, whole, micro_batch_size, remat):
     if remat != "none":
         train = dataclasses.replace(BASE.train, remat=remat)
-        nano = make_nano(dataclasses.replace(BASE, train=train))
+        nano = make_nano(dataclasses.replace(BASE, train=train), nano.first.params)
     before = len(nano.loss.traces)
     state, metrics = nano.run(uneven, micro_batch_size=micro_batch_size)
     wanted, wanted_metrics = whole
@@ -351,7 +356,7 @@ def test_micro_batched_equals_whole(nano, uneven, whole, micro_batch_size, remat
 
 def test_loads_count_every_token_once(whole, uneven):
     _, metrics = whole
-    per_token = BASE.model.stacks[1].blocks[0].ffn.num_experts_per_token
+    per_token = BASE.model.stacks[0].blocks[0].ffn.num_experts_per_token
     real = int((uneven["segments_BT"] != 0).sum())
     np.testing.assert_array_equal(metrics["load/moe"].sum(axis=1), per_token * real)
     # MTP has no use for the last token of a document.
@@ -456,9 +461,9 @@ def test_totals_count_what_is_predicted(uneven):
 
 def test_one_batch_is_learnt_by_heart(nano, uneven):
     weights = (uneven["weights_BT"] > 0).astype(np.float32)
-    state, metrics = nano.run(dict(uneven, weights_BT=weights), steps=120)
+    state, metrics = nano.run(dict(uneven, weights_BT=weights), steps=60)
     assert metrics["loss"] < 0.1
-    assert int(state.step) == int(state.opt["count"]) == 120
+    assert int(state.step) == int(state.opt["count"]) == 60
     chex.assert_tree_all_finite(state.params)
 
 
@@ -467,22 +472,23 @@ def test_bias_updates_even_the_load(nano):
 
     def violation(progress):
         state, seen = jax.tree.map(jnp.array, nano.first), []
-        for seed in range(60):
+        for seed in range(40):
             state, metrics = nano.step(
                 state, whole_batch(seed), progress=progress, micro_batch_size=4
             )
             seen.append(metrics["router/moe/max_violation"])
-        return np.mean(jax.device_get(seen[-15:]))
+        return np.mean(jax.device_get(seen[-10:]))
 
-    assert violation(BIASED) < 0.7 * violation(UNBIASED)
+    assert violation(BIASED) < 0.5 * violation(UNBIASED)
 
 
-def test_bfloat16_computes_and_float32_remembers():
+def test_bfloat16_computes_and_float32_remembers(nano):
     train = dataclasses.replace(
         BASE.train, optimizer=dataclasses.replace(BASE.train.optimizer, moment_dtype="bfloat16")
     )
     precision = dataclasses.replace(BASE.precision, compute_dtype="bfloat16")
-    nano = make_nano(dataclasses.replace(BASE, train=train, precision=precision))
+    config = dataclasses.replace(BASE, train=train, precision=precision)
+    nano = make_nano(config, nano.first.params)
     state, metrics = nano.run(whole_batch(0), steps=8)
     chex.assert_tree_all_finite((state, metrics))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
@@ -646,6 +652,8 @@ def test_rows_tell_the_schedules_and_the_health(runs):
         assert row["tokens"] == row["step"] * train.tokens_per_step
         assert np.shape(row["router/moe/max_violation"]) == (2,)
         assert np.shape(row["load/mtp"]) == (1, 8)
+        # Two experts a token; remat counts none twice.
+        assert np.sum(row["load/moe"], axis=1).tolist() == [2 * train.tokens_per_step] * 2
     assert "tokens_per_s" not in rows[0]  # that step compiled
     assert all(row["tokens_per_s"] > 0 for row in rows[1:])
 

@@ -111,7 +111,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return rope.softmax_scale(self.config.head_dim, self.config.rope.yarn)
 
     def _queries(self, x_BTD, turn):
-        """V2 report, equations 6-7 and 14-15: queries by head, nope and rotated rope part."""
+        """V2 report, equations 12-14 and 16: queries by head, nope and rotated rope part."""
         linear, rules, config = self.precision.linear, self.rules, self.config
         per_head = rules("batch", "seq", "act_heads", None)
         if config.q_latent_dim is None:
@@ -139,7 +139,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return jnp.concatenate([latent_BTC, rope.rotate(key_BTR, turn)], axis=-1)
 
     def _expanded(self, q_nope_BTNP, q_rope_BTNR, entries_BTZ, segments_BT, positions_BT):
-        """Keys and values of every head from the latent (V2 report, equations 10-11 and 16-18)."""
+        """Keys and values of every head from the latent (V2 report, equations 10-11, 17 and 18)."""
         config = self.config
         latent_BTC, key_BTR = jnp.split(entries_BTZ, [config.kv_latent_dim], axis=-1)
         kv_BTNY = self.precision.linear(

@@ -1,6 +1,6 @@
 """AdamW with global-norm clipping, and moments in a dtype of their own.
 
-Optax keeps only the first moment in another dtype; V3 keeps both in BF16 (report, 3.3.1), which is
+Optax keeps only the first moment in another dtype; V3 keeps both in BF16 (report, 3.3.3), which is
 why this is ours. Knows nothing about models beyond which leaves decay.
 Source: Loshchilov and Hutter, arXiv 1711.05101.
 """
