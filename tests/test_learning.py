@@ -1,4 +1,4 @@
-"""The demonstration learns: a short run of `tiny` on real text, against a bar and a 3-gram model."""
+"""A short run of `tiny` learns real text: against a bar, and against a 3-gram model."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def bytes_of(documents):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_tiny_passes_the_bar_and_beats_a_trigram_model(tmp_path):
-    """What `make train` does, shorter, in a process of its own that is compiled with optimisation."""
+    """What `make train` does, but shorter, in a process of its own with optimised code."""
     workdir = tmp_path / "tiny"
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "experiments.pretrain", "--preset=tiny", "--seed=0"]

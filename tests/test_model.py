@@ -589,7 +589,6 @@ def test_dense_mtp_block_and_no_router():
 
 
 def test_build_follows_the_configuration():
-    graphdef, params, _ = split(jax.eval_shape(build(preset("small")), jax.random.key(0)))
-    model = merge(graphdef, params, {})
+    model = merge(*split(jax.eval_shape(build(preset("small")), jax.random.key(0))))
     assert model.remat == "dots"
     assert model.precision.compute_dtype == jnp.bfloat16

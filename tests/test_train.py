@@ -652,8 +652,9 @@ def test_rows_tell_the_schedules_and_the_health(runs):
         assert row["tokens"] == row["step"] * train.tokens_per_step
         assert np.shape(row["router/moe/max_violation"]) == (2,)
         assert np.shape(row["load/mtp"]) == (1, 8)
-        # Two experts a token; remat counts none twice.
-        assert np.sum(row["load/moe"], axis=1).tolist() == [2 * train.tokens_per_step] * 2
+        # Two experts a token; an epoch's last row ends in padding, which goes to none.
+        first, second = np.sum(row["load/moe"], axis=1)
+        assert 1.5 * train.tokens_per_step < first == second <= 2 * train.tokens_per_step
     assert "tokens_per_s" not in rows[0]  # that step compiled
     assert all(row["tokens_per_s"] > 0 for row in rows[1:])
 
