@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from dsjax.config import Config
 from dsjax.errors import InputError
-from dsjax.overrides import first_difference, from_json, to_json
+from dsjax.overrides import first_difference, fixed, from_json, to_json
 
 FORMAT = 1
 CONFIG_FILE = "dsjax.json"
@@ -93,8 +93,8 @@ def check_workdir(workdir: str | os.PathLike, run: Run) -> bool:
         raise InputError(f"workdir {folder} cannot be written: {error.strerror}") from error
     if (folder / CONFIG_FILE).exists():
         there = read_run(folder)
-        here = {"seed": run.seed, **to_json(run.config)}
-        difference = first_difference({"seed": there.seed, **to_json(there.config)}, here)
+        here = {"seed": run.seed, **fixed(run.config)}
+        difference = first_difference({"seed": there.seed, **fixed(there.config)}, here)
         if difference is not None:
             raise InputError(f"workdir {folder} holds another run; {difference}")
         return True

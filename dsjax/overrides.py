@@ -26,6 +26,17 @@ def to_json(config: Any) -> Any:
     return config
 
 
+def fixed(config: Any) -> Any:
+    """`to_json` without the fields that may change when a run goes on (`config.free`)."""
+    if dataclasses.is_dataclass(config):
+        kept = [f for f in dataclasses.fields(config) if not f.metadata.get("free")]
+        fields = {f.name: fixed(getattr(config, f.name)) for f in kept}
+        return {"kind": type(config).__name__, **fields}
+    if isinstance(config, tuple):
+        return [fixed(item) for item in config]
+    return config
+
+
 def from_json(kind: Any, value: Any, where: str = "") -> Any:
     """Builds a value of type `kind` from `to_json`'s form.
 
