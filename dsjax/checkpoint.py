@@ -1,208 +1,601 @@
-"""The folder of a run: what it was configured with, and Orbax checkpoints by step.
+"""Array checkpoints of a run by step: written in the background, read back, then relied on.
 
-Knows nothing about training: a state is a tree of arrays. Layout: `dsjax.json` (configuration,
-seed, format), `tokenizer/`, `checkpoints/<step>/{state, data, meta}`, `metrics.jsonl`, `*.png`.
+Knows nothing about training: a state is a tree of arrays, each named by its dotted path. Layout:
+`checkpoints/<step>/{state, data, meta}`, all three Orbax's. A folder gets its bare number as a
+name only after what lies on disk has been read back and agrees with the checksums that its arrays
+had in memory. Others are `<step>.unverified` (not read back yet), `.deleted` (about to go),
+`.damaged` (does not agree any more) and `.abandoned` (the run went back to before it).
 """
 
+import concurrent.futures
 import dataclasses
+import hashlib
+import itertools
 import json
 import logging
 import os
-import tempfile
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
-from dsjax.config import Config
-from dsjax.errors import InputError
-from dsjax.overrides import first_difference, fixed, from_json, to_json
+from dsjax.checksum import checksums, host_checksum
+from dsjax.errors import InputError, RunError
+from dsjax.workdir import sync
 
-FORMAT = 1
-CONFIG_FILE = "dsjax.json"
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written; those before it are still there."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What `dsjax.json` holds."""
+class Restored:
+    """What a checkpoint held.
 
-    config: Config
-    seed: int
-
-
-def read_run(workdir: str | os.PathLike) -> Run:
-    """Reads a run's configuration.
-
-    Raises:
-        InputError: if the folder holds no run, or one of another format.
+    Attributes:
+        step: optimizer steps taken.
+        state: the tree that was asked for.
+        data: the data iterator's state.
+        meta: what else was saved.
     """
-    path = Path(workdir) / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else content
-        raise InputError(f"{path} is of format {found!r}; this version reads format {FORMAT}")
-    try:
-        return Run(
-            config=from_json(Config, content.get("config")),
-            seed=from_json(int, content.get("seed"), "seed"),
-        )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+
+    step: int
+    state: Any
+    data: dict
+    meta: dict
 
 
-def write_run(workdir: str | os.PathLike, run: Run) -> None:
-    """Writes `dsjax.json`, all of it or nothing; makes the folder."""
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "seed": run.seed, "config": to_json(run.config)}
-    temporary = folder / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CONFIG_FILE)
-
-
-def check_workdir(workdir: str | os.PathLike, run: Run) -> bool:
-    """Checks, writing nothing, that a run can use a folder.
-
-    Returns:
-        Whether the folder already holds this very run.
-
-    Raises:
-        InputError: if the folder cannot be written, holds files of something else, or a run of
-            another configuration or seed, whose first differing field is named.
-    """
-    folder = Path(workdir)
-    if not str(workdir).strip() or "\0" in str(workdir):
-        raise InputError(f"workdir {str(workdir)!r} is no path")
-    ancestor = folder
-    try:
-        while not os.path.lexists(ancestor):  # a link to nothing is in the way, too
-            ancestor = ancestor.parent
-        if not ancestor.is_dir():
-            raise InputError(f"workdir {folder}: {ancestor} is not a folder")
-        with tempfile.TemporaryFile(dir=ancestor):
-            pass
-        present = folder.exists() and any(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"workdir {folder} cannot be written: {error.strerror}") from error
-    if (folder / CONFIG_FILE).exists():
-        there = read_run(folder)
-        here = {"seed": run.seed, **fixed(run.config)}
-        difference = first_difference({"seed": there.seed, **fixed(there.config)}, here)
-        if difference is not None:
-            raise InputError(f"workdir {folder} holds another run; {difference}")
-        return True
-    if present:
-        raise InputError(f"workdir {folder} is not empty and holds no {CONFIG_FILE}")
-    return False
+def print_to_stderr(line: str) -> None:
+    """Tells a person something."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
-    """Saves and restores the state of a run by step."""
+    """Saves and restores the state of a run by step.
 
-    def __init__(self, workdir: str | os.PathLike, *, keep: int):
-        """Opens `workdir/checkpoints`; `keep` newest steps stay."""
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every file it opens
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        folder = Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(folder, options=options)
+    One process at a time may hold a folder (`dsjax.workdir.WorkdirLock`).
+    """
 
-    def latest_step(self) -> int | None:
-        """The newest saved step."""
-        return self._manager.latest_step()
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        keep: int,
+        attempts: int = 3,
+        retry_wait_s: float = 1.0,
+        tell: Callable[[str], None] = print_to_stderr,
+    ):
+        """Opens `workdir/checkpoints`; makes it.
+
+        Args:
+            workdir: the run's folder.
+            keep: so many newest steps stay, at least 1.
+            attempts: after so many failures in a row saving is given up.
+            retry_wait_s: how long `wait` waits before it tries again; twice as long each time.
+            tell: given one line on what a person should know.
+        """
+        if keep < 1 or attempts < 1:
+            raise ValueError(f"keep is {keep} and attempts {attempts}; both must be at least 1")
+        # Orbax logs every file it opens, and a traceback of what we tell in one line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._workdir = workdir
+        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._keep, self._attempts, self._retry_wait_s = keep, attempts, retry_wait_s
+        self._tell = tell
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: _Save | None = None  # until it is known to be on disk
+        self._outcome: concurrent.futures.Future[None] | None = None  # of `_last`, in the worker
+        self._failures, self._why = 0, ""  # in a row, and what the last of them said
+        self._good: int | None = None  # the step that this process saved or restored last
 
     def save(self, step: int, state: Any, *, data: dict, meta: dict) -> None:
         """Starts saving a step; returns once the arrays are copied.
+
+        Waits for the save before it, and tells of its failure. A step that is saved already is
+        left as it is.
 
         Args:
             step: optimizer steps taken.
             state: a tree of arrays.
             data: the data iterator's state, for JSON.
             meta: whatever else belongs to the run, for JSON.
+
+        Raises:
+            CheckpointError: if the `attempts` saves before this one have all failed.
         """
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(data),
-            meta=ocp.args.JsonSave(meta),
-        )
-        self._manager.save(step, args=arguments)
+        self._settle()
+        if self._failures >= self._attempts:
+            raise CheckpointError(
+                f"{self._failures} checkpoints in a row could not be saved, the last one for: "
+                f"{self._why}; {self._newest()}"
+            )
+        if step == self._good:
+            return
+        arrays = _by_name(state)
+        self._start(_Save(step, arrays, _json_copy(data), _manifest(arrays, data, meta)))
 
-    def restore(self, like: Any, step: int) -> tuple[Any, dict, dict]:
-        """Reads a step back.
+    def poll(self) -> CheckpointError | None:
+        """Returns, once, what the last save failed with, if it has ended and nobody was told."""
+        if self._outcome is None or not self._outcome.done():
+            return None
+        return self._take_outcome()
 
-        Args:
-            like: a tree of arrays or shapes, with the structure, shapes, dtypes and shardings
-                wanted.
-            step: which.
+    def wait(self) -> None:
+        """Returns once the last save is on disk and verified; tries again if it fails.
 
-        Returns:
-            (state, data, meta).
+        That takes arrays that were not donated since.
+
+        Raises:
+            CheckpointError: if it could not be saved.
         """
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target),
-            data=ocp.args.JsonRestore(),
-            meta=ocp.args.JsonRestore(),
-        )
-        restored = self._manager.restore(step, args=arguments)
-        return restored["state"], restored["data"], restored["meta"]
+        self._settle()
+        for attempt in range(1, self._attempts):
+            if self._last is None or self._last.is_gone():
+                break
+            time.sleep(self._retry_wait_s * 2 ** (attempt - 1))
+            self._start(self._last)
+            self._settle()
+        if self._last is not None:
+            raise CheckpointError(
+                f"checkpoint {self._last.step} could not be saved ({self._why}); {self._newest()}"
+            )
 
     def close(self) -> None:
-        """Waits until every save is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until the last save has ended; tells of its failure, and raises nothing."""
+        self._settle()
+        self._worker.shutdown()
+
+    def restore_newest(self, like: Any) -> Restored | None:
+        """Reads back the newest step that is whole, and moves aside those that are not.
+
+        Args:
+            like: a tree of arrays or shapes: the names, shapes, dtypes and shardings wanted. The
+                mesh need not be the one that the step was saved on.
+
+        Returns:
+            What it held, or None where nothing was ever saved.
+
+        Raises:
+            InputError: if every step is damaged, or the newest whole one holds other arrays than
+                those wanted, the first of which is named.
+        """
+        self._tidy()
+        wanted = _by_name(like)
+        steps = _steps(self._folder)
+        for step, older in itertools.zip_longest(steps, steps[1:]):
+            folder = self._folder / str(step)
+            try:
+                saved = _read_manifest(folder)
+                _check_same(saved.arrays, wanted, f"checkpoint {step} of {self._workdir}")
+                state = _restore(folder, saved.arrays, like)
+            except _Damaged as damage:
+                _move_aside(folder, "damaged")
+                rest = "it is the last one" if older is None else f"going back to {older}"
+                self._tell(f"checkpoint {step} is damaged ({damage}); {rest}")
+                continue
+            self._good = step
+            return Restored(step=step, state=state, data=saved.data, meta=saved.meta)
+        if damaged := sorted(path.name for path in self._folder.glob("*.damaged*")):
+            raise InputError(
+                f"{self._folder} holds damaged checkpoints alone ({', '.join(damaged)}); to begin "
+                "from step 0, move them elsewhere"
+            )
+        return None
+
+    def rewind(self, step: int) -> None:
+        """Moves every later step aside, so that a run goes on from this one.
+
+        Raises:
+            InputError: if there is no such step, or it is damaged; nothing is moved then.
+        """
+        self._settle()
+        _check_step(self._workdir, step)
+        try:
+            _read_back(self._folder / str(step))
+        except _Damaged as damage:
+            raise InputError(f"checkpoint {step} is damaged ({damage})") from damage
+        for later in _steps(self._folder):
+            if later > step:
+                _move_aside(self._folder / str(later), "abandoned")
+        self._good = step
+
+    # ------------------------------------------------------------------------------------- saving
+
+    def _start(self, save: "_Save") -> None:
+        self._clear()  # again: after one array has failed, TensorStore goes on writing the others
+        checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeSave({n: a for n, a in save.arrays.items() if 0 not in a.shape}),
+            data=ocp.args.JsonSave(save.data),
+            meta=ocp.args.JsonSave(save.manifest),
+        )
+        error: Exception | None = None
+        try:
+            checkpointer.save(self._unverified(save.step), args=arguments)
+        except Exception as refused:  # the disk already says no; it counts like a later failure
+            error = refused
+        self._last = save
+        self._outcome = self._worker.submit(self._finish, save, checkpointer, error)
+
+    def _finish(
+        self, save: "_Save", checkpointer: ocp.AsyncCheckpointer, error: Exception | None
+    ) -> None:
+        """What the worker does: waits for Orbax, reads back, gives the name, deletes old steps."""
+        unverified, final = self._unverified(save.step), self._folder / str(save.step)
+        try:
+            try:
+                if error is not None:
+                    raise error
+            finally:
+                checkpointer.close()
+            for path in [*unverified.rglob("*"), unverified]:
+                sync(path)
+            _read_back(unverified)
+            if os.path.lexists(final):
+                _move_aside(final, "abandoned")
+            os.rename(unverified, final)
+            sync(self._folder)
+        except BaseException:
+            self._clear()
+            raise
+        try:
+            self._rotate(save.step)
+        except OSError as failure:  # the next save tries again
+            self._tell(f"old checkpoints in {self._folder} cannot be deleted: {failure.strerror}")
+
+    def _clear(self) -> None:
+        """Deletes what saves that failed have left."""
+        for path in self._folder.glob("*.unverified*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _unverified(self, step: int) -> Path:
+        return self._folder / f"{step}.unverified"
+
+    def _rotate(self, newest: int) -> None:
+        """Deletes the oldest whole steps up to the newest, which has just been verified."""
+        whole = [step for step in _steps(self._folder) if step <= newest and self._is_whole(step)]
+        for step in whole[self._keep :]:
+            # Renamed first: a process that ends meanwhile leaves no half step under its number.
+            shutil.rmtree(_move_aside(self._folder / str(step), "deleted"))
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether a step says what it holds; its arrays are not read."""
+        try:
+            _read_manifest(self._folder / str(step))
+        except _Damaged:
+            return False
+        return True
+
+    def _settle(self) -> None:
+        """Waits for the last save, and tells of its failure."""
+        if self._outcome is not None:
+            concurrent.futures.wait([self._outcome])
+            if (error := self._take_outcome()) is not None:
+                self._tell(str(error))
+
+    def _take_outcome(self) -> CheckpointError | None:
+        """Takes note of how the last save ended."""
+        assert self._outcome is not None
+        assert self._last is not None
+        cause, self._outcome = self._outcome.exception(), None
+        if cause is None:
+            self._good, self._last, self._failures = self._last.step, None, 0
+            return None
+        self._failures, self._why = self._failures + 1, _reason(cause)
+        error = CheckpointError(
+            f"checkpoint {self._last.step} was not saved ({self._why}); {self._newest()}"
+        )
+        error.__cause__ = cause
+        return error
+
+    def _newest(self) -> str:
+        step = next(filter(self._is_whole, _steps(self._folder)), None)
+        return "there is no older one" if step is None else f"the newest good one is {step}"
+
+    def _tidy(self) -> None:
+        """Puts away what a process that was ended has left."""
+        for path in sorted(self._folder.iterdir()):
+            name = path.name
+            if not path.is_dir():
+                self._tell(f"{path} is no checkpoint; it is left alone")
+            elif ".orbax-checkpoint-tmp" in name or re.fullmatch(r"\d+\.deleted(-\d+)?", name):
+                shutil.rmtree(path)
+            elif re.fullmatch(r"\d+\.unverified", name):
+                # All of it was written; whether rightly is found out in restoring.
+                final = path.with_suffix("")
+                shutil.rmtree(path) if os.path.lexists(final) else os.rename(path, final)
+            elif not _is_step(path) and not re.fullmatch(r"\d+\.(damaged|abandoned)(-\d+)?", name):
+                self._tell(f"{path} is no checkpoint; it is left alone")
 
 
-def read_params(workdir: str | os.PathLike, like: Any, step: int | None = None) -> tuple[Any, int]:
-    """Reads a part of a saved state.
+def read_params(
+    workdir: str | os.PathLike,
+    like: Any,
+    step: int | None = None,
+    *,
+    tell: Callable[[str], None] = print_to_stderr,
+) -> tuple[Any, int]:
+    """Reads a part of a saved state, and changes nothing: the run may be going on.
 
     Args:
         workdir: the run's folder.
-        like: a tree with the part wanted, `{"params": ..., "bias": ...}` of shapes.
-        step: which; None takes the newest.
+        like: a tree with the part wanted, of arrays or shapes: `{"params": ..., "bias": ...}`, or
+            `{"extra": {"ema": ...}, "bias": ...}`.
+        step: which; None takes the newest whose part is whole.
+        tell: given one line on each step that is not.
 
     Returns:
         (the tree filled, the step).
 
     Raises:
-        InputError: if there is no such step, or it holds other weights than those asked for.
+        InputError: if there is no such step, it is damaged, or it holds other arrays than those
+            asked for, the first of which is named.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
     folder = Path(workdir).absolute() / "checkpoints"
-    steps = []
-    if folder.is_dir():
-        steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    if step is not None:
+        _check_step(workdir, step)
+    wanted, damaged = _by_name(like), {}
+    # Listed anew each time: a run that goes on deletes old steps and adds new ones.
+    while True:
+        left = [s for s in _steps(folder) if s not in damaged] if step is None else [step]
+        if not left:
+            break
+        here = left[0]
+        try:
+            saved = _read_manifest(folder / str(here))
+            _check_part(saved.arrays, wanted, f"checkpoint {here} of {workdir}")
+            tree = _restore(folder / str(here), saved.arrays, like)
+        except _Damaged as damage:
+            if step is not None:
+                raise InputError(
+                    f"checkpoint {step} of {workdir} is damaged ({damage})"
+                ) from damage
+            damaged[here] = f"checkpoint {here} of {workdir} is damaged ({damage})"
+            if (folder / str(here)).exists():
+                tell(f"{damaged[here]}; going back to an older one")
+            continue
+        return tree, here
+    if damaged:
+        raise InputError(f"{next(iter(damaged.values()))}, and there is no older one")
+    raise InputError(f"{workdir} holds no checkpoint")
+
+
+# ------------------------------------------------------------------------------ what lies on disk
+
+
+class _Damaged(Exception):
+    """A step does not hold what was saved; the message says what is wrong, without the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """What a saved array is known by."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    checksum: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What a step says that it holds."""
+
+    arrays: dict[str, _Array]
+    data: dict
+    meta: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    """What is being saved."""
+
+    step: int
+    arrays: dict[str, Any]
+    data: dict
+    manifest: dict
+
+    def is_gone(self) -> bool:
+        """Whether the arrays were given to another computation since, and cannot be saved."""
+        return any(isinstance(a, jax.Array) and a.is_deleted() for a in self.arrays.values())
+
+
+def _manifest(arrays: dict[str, Any], data: dict, meta: dict) -> dict:
+    """The item `meta`: the caller's, and how to tell that nothing has changed on disk."""
+    sums = checksums(arrays)
+    told = {
+        name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[name]}
+        for name, array in arrays.items()
+    }
+    content = {"meta": meta, "arrays": told, "data_digest": _digest(data)}
+    return _json_copy({"content": content, "digest": _digest(content)})
+
+
+def _read_manifest(folder: Path) -> _Saved:
+    """Reads what a step says that it holds.
+
+    Raises:
+        _Damaged: if it does not say so, or not what it said when it was saved.
+    """
+    items = {}
+    for name in ("state", "data", "meta"):
+        if not (folder / name).is_dir():
+            raise _Damaged(f"{name} is missing")
+    for name in ("data", "meta"):
+        try:
+            items[name] = json.loads((folder / name / "metadata").read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise _Damaged(f"{name} cannot be read: {_reason(error)}") from error
+    try:
+        content = items["meta"]["content"]
+        if _digest(content) != items["meta"]["digest"]:
+            raise _Damaged("meta: checksum differs")
+        if _digest(items["data"]) != content["data_digest"]:
+            raise _Damaged("data: checksum differs")
+    except (KeyError, TypeError) as error:
+        raise _Damaged("meta is not what was saved") from error
+    arrays = {
+        name: _Array(tuple(told["shape"]), told["dtype"], told["checksum"])
+        for name, told in content["arrays"].items()
+    }
+    return _Saved(arrays=arrays, data=items["data"], meta=content["meta"])
+
+
+def _read_arrays(
+    folder: Path, saved: dict[str, _Array], names: Iterable[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads arrays of a step into the host's memory, one after the other, and verifies them.
+
+    Not through Orbax, whose reading ends, where a file is damaged, in pages of tracebacks of the
+    tasks that it gave up.
+
+    Raises:
+        _Damaged: naming the first that cannot be read or differs from what was saved.
+    """
+    context = ts.Context()  # a new one: nothing comes from the memory of an earlier reading
+    for name in names:
+        told = saved[name]
+        if 0 in told.shape:  # Orbax takes none without elements
+            yield name, np.zeros(told.shape, told.dtype)
+            continue
+        files = {"driver": "file", "path": f"{folder / 'state'}/"}
+        store = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+        try:
+            on_disk = ts.open({"driver": "auto", "kvstore": store}, context=context, read=True)
+            on_disk = on_disk.result()
+            if (found := f"{on_disk.dtype.name} {list(on_disk.shape)}") != _describe(told):
+                raise _Damaged(f"{name} is {found} instead of {_describe(told)}")
+            array = on_disk.read().result()
+        except (MemoryError, _Damaged):
+            raise
+        except Exception as error:
+            raise _Damaged(f"{name}: {_reason(error)}") from error
+        if host_checksum(array) != told.checksum:
+            raise _Damaged(f"{name}: checksum differs")
+        yield name, array
+
+
+def _read_back(folder: Path) -> None:
+    """Reads a step, all of it, and keeps nothing of its arrays.
+
+    Raises:
+        _Damaged: if it is not what was saved.
+    """
+    saved = _read_manifest(folder).arrays
+    for _ in _read_arrays(folder, saved, saved):
+        pass
+
+
+def _restore(folder: Path, saved: dict[str, _Array], like: Any) -> Any:
+    """Reads the tree `like` onto the devices where it is wanted.
+
+    Raises:
+        _Damaged: as `_read_arrays`.
+    """
+    wanted = _by_name(like)
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaves = [
+        jax.device_put(array, getattr(wanted[name], "sharding", None) or default)
+        for name, array in _read_arrays(folder, saved, wanted)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+# -------------------------------------------------------------------------------- what is the same
+
+
+def _check_same(saved: dict[str, _Array], wanted: dict[str, Any], where: str) -> None:
+    """Refuses a whole step that is not of this run."""
+    groups = {name.split(".")[0] for name in saved}
+    missing = {name.split(".")[0] for name in wanted} - groups
+    _check_part(saved, {n: a for n, a in wanted.items() if n.split(".")[0] not in missing}, where)
+    if missing:
+        raise InputError(
+            f"{where} holds {' and '.join(sorted(groups))} alone; it cannot be resumed, but "
+            "--init can start from it"
+        )
+    for name in saved:
+        if name not in wanted:
+            raise InputError(
+                f"{where} has {name} ({_describe(saved[name])}), which this run has not"
+            )
+
+
+def _check_part(saved: dict[str, _Array], wanted: dict[str, Any], where: str) -> None:
+    """Refuses a step that has not got the arrays wanted; Orbax would cast without a word."""
+    for name, like in wanted.items():
+        if name not in saved:
+            raise InputError(f"{where} has no {name}, expected {_describe(like)}")
+        if saved[name].shape != tuple(like.shape):
+            shape = tuple(like.shape)
+            raise InputError(f"{where}: {name} has shape {saved[name].shape}, expected {shape}")
+        if saved[name].dtype != str(like.dtype):
+            raise InputError(f"{where}: {name} is {saved[name].dtype}, expected {like.dtype}")
+
+
+def _describe(array: Any) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path, in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves have the same dotted path")
+    return named
+
+
+def _json_copy(content: Any) -> Any:
+    """As it will be read; what the caller changes later is not in it."""
+    return json.loads(json.dumps(content))
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(_json_copy(content), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------ folders
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps of a folder by their names, newest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(path.name) for path in found if _is_step(path)), reverse=True)
+
+
+def _is_step(path: Path) -> bool:
+    return re.fullmatch(r"0|[1-9][0-9]*", path.name) is not None and path.is_dir()
+
+
+def _check_step(workdir: str | os.PathLike, step: int) -> None:
+    steps = _steps(Path(workdir) / "checkpoints")
     if not steps:
         raise InputError(f"{workdir} holds no checkpoint")
-    if step is not None and step not in steps:
-        raise InputError(f"{workdir} has no step {step}; it has {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(
-            folder / str(step) / "state",
-            args=ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True,
-            ),
-        )
-    _check_shapes(restored, target, f"step {step} of {workdir}")
-    return jax.device_put(restored), step  # without a sharding in `like`, Orbax gives NumPy arrays
+    if step not in steps:
+        has = ", ".join(map(str, reversed(steps)))
+        raise InputError(f"{workdir} has no step {step}; it has {has}")
 
 
-def _check_shapes(restored: Any, wanted: Any, where: str) -> None:
-    """Orbax gives what it finds: arrays of another shape, and shapes where it finds nothing."""
-    found = dict(jax.tree_util.tree_leaves_with_path(restored))
-    for path, want in jax.tree_util.tree_leaves_with_path(wanted):
-        name, got = jax.tree_util.keystr(path, simple=True, separator="."), found.get(path)
-        if not isinstance(got, jax.Array | np.ndarray):
-            raise InputError(f"{where} has no {name}")
-        if got.shape != want.shape:
-            raise InputError(f"{where}: {name} has shape {got.shape}, expected {want.shape}")
+def _move_aside(path: Path, suffix: str) -> Path:
+    """Renames to `<name>.<suffix>`, or `-2`, `-3` ... where that is taken; returns the new path."""
+    target, number = path.with_name(f"{path.name}.{suffix}"), 2
+    while os.path.lexists(target):
+        target, number = path.with_name(f"{path.name}.{suffix}-{number}"), number + 1
+    os.rename(path, target)
+    return target
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says in its first line, without the paths that TensorStore puts before it."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rsplit('": ', 1)[-1][:200]

@@ -1,7 +1,7 @@
-"""The one error a person can cause: what they gave is wrong, and the message says what to change.
+"""Errors that are told in one line: what a person gave is wrong, or a run cannot go on.
 
-Knows nothing of any room. Command lines print such an error as one line and exit with code 2;
-every other exception is a defect of ours and keeps its traceback.
+Knows nothing of any room. Command lines print the first and exit with code 2, the second with code
+1; every other exception is a defect of ours and keeps its traceback.
 """
 
 import difflib
@@ -10,6 +10,13 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """A value, file or folder given by the caller cannot be used; `str(error)` is one line."""
+
+
+class RunError(RuntimeError):
+    """Work in progress cannot go on, through its numbers, its files or its disk; one line.
+
+    What was saved is still there.
+    """
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 Knows nothing about how a model was trained beyond the folder it lies in.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsjax.checkpoint import CONFIG_FILE, read_params, read_run
+from dsjax.checkpoint import read_params
 from dsjax.config import Config
 from dsjax.errors import InputError
 from dsjax.infer.generate import Generation, generate, prepare
@@ -23,6 +24,8 @@ from dsjax.interop.tokenizer import Tokenizer
 from dsjax.model.transformer import build, merge, split
 from dsjax.overrides import override
 from dsjax.presets import preset
+from dsjax.train.stages import stage_of
+from dsjax.workdir import CONFIG_FILE, read_run
 from sharding.init import init as init_sharded
 from sharding.rules import AxisRules
 
@@ -215,18 +218,20 @@ def load_pretrained(
     *,
     step: int | None = None,
     dtype: str | None = None,
+    ema: bool = False,
     overrides: Sequence[str] = (),
 ) -> LanguageModel:
-    """Loads the model of a training run.
+    """Loads the model of a training run, with the rope of the stage that its weights come from.
 
     Args:
         path: the run's folder.
         step: which checkpoint; None takes the newest.
         dtype: "float32" or "bfloat16", to keep and to use the weights in; None takes the run's.
+        ema: the moving average of the weights in their stead.
         overrides: `path=value` overrides of the run's configuration.
 
     Raises:
-        InputError: if the folder is no run, or has no such checkpoint.
+        InputError: if the folder is no run, has no such checkpoint, or keeps no average.
     """
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file():
@@ -236,11 +241,20 @@ def load_pretrained(
     config = read_run(folder).config
     for assignment in overrides:
         config = override(config, assignment)
-    graphdef, params, bias = split(jax.eval_shape(build(config), jax.random.key(0)))
-    state, _ = read_params(folder, {"params": params, "bias": bias}, step)
-    params, bias = state["params"], state["bias"]
+    if ema and config.train.ema_decay is None:
+        raise InputError(f"{folder} keeps no average of the weights (train.ema_decay is null)")
+    _, params, bias = split(jax.eval_shape(build(config), jax.random.key(0)))
+    if ema:
+        average = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params)
+        state, step = read_params(folder, {"extra": {"ema": average}, "bias": bias}, step)
+        params, bias = state["extra"]["ema"], state["bias"]
+    else:
+        state, step = read_params(folder, {"params": params, "bias": bias}, step)
+        params, bias = state["params"], state["bias"]
+    model = stage_of(config, step).config.model
+    config = dataclasses.replace(config, model=model)
     if dtype is not None:
         config = override(config, f"precision.compute_dtype={dtype}")
-        graphdef, _, _ = split(jax.eval_shape(build(config), jax.random.key(0)))
         params, bias = prepare(params, bias, jnp.dtype(dtype))
+    graphdef, _, _ = split(jax.eval_shape(build(config), jax.random.key(0)))
     return LanguageModel(config, graphdef, params, bias, Tokenizer.load(folder / "tokenizer"))

@@ -7,8 +7,11 @@ for a preset's name.
 from collections.abc import Callable
 
 from dsjax.config import (
+    BatchRampConfig,
     BlockConfig,
     Config,
+    ContextStageConfig,
+    DataConfig,
     MlaConfig,
     ModelConfig,
     MoeConfig,
@@ -116,6 +119,7 @@ def deepseek_v2_lite() -> Config:
         normalize_gates=False,
         gate_scale=1.0,
         balance_bias=False,
+        balance_counts="selected",
     )
     return Config(
         model=ModelConfig(
@@ -130,12 +134,13 @@ def deepseek_v2_lite() -> Config:
             seq_len=4096,
             batch_size=4608,
             total_tokens=5_700_000_000_000,
+            yarn=False,
             optimizer=OptimizerConfig(
                 learning_rate=4.2e-4,
                 schedule=_v2_learning_rate(warmup=2000 * 4608 * 4096 / 5.7e12, first_drop=0.8),
                 moment_dtype="bfloat16",
             ),
-            balance_loss_weight=0.001,
+            balance_loss_weight=0.001,  # alpha_1 alone: a layer's experts share one device
         ),
         precision=PrecisionConfig(compute_dtype="bfloat16"),
     )
@@ -177,6 +182,7 @@ def deepseek_v2() -> Config:
         normalize_gates=False,
         gate_scale=16.0,
         balance_bias=False,
+        balance_counts="selected",
     )
     return Config(
         model=ModelConfig(
@@ -191,12 +197,26 @@ def deepseek_v2() -> Config:
             seq_len=4096,
             batch_size=9216,
             total_tokens=8_100_000_000_000,
+            micro_batch_size=768,
+            batch_ramp=BatchRampConfig(start=2304, tokens=225_000_000_000),
+            yarn=False,
+            context_stages=(
+                ContextStageConfig(
+                    seq_len=32_768,
+                    batch_size=576,
+                    micro_batch_size=96,
+                    steps=1000,
+                    learning_rate=2.4e-5,  # the report names none: the last of pretraining
+                ),
+            ),
             optimizer=OptimizerConfig(
                 learning_rate=2.4e-4,
                 schedule=_v2_learning_rate(warmup=2000 * 2304 * 4096 / 8.1e12, first_drop=0.6),
                 moment_dtype="bfloat16",
             ),
-            balance_loss_weight=0.003,  # alpha_1, the expert level
+            balance_loss_weight=0.003,  # alpha_1, alpha_2, alpha_3
+            device_balance_loss_weight=0.05,
+            communication_balance_loss_weight=0.02,
         ),
         precision=PrecisionConfig(compute_dtype="bfloat16"),
     )
@@ -235,6 +255,27 @@ def deepseek_v3() -> Config:
             seq_len=4096,
             batch_size=15_360,
             total_tokens=14_800_000_000_000,
+            # 4.2M positions, in the longer stages, too.
+            micro_batch_size=1024,
+            batch_ramp=BatchRampConfig(start=3072, tokens=469_000_000_000),
+            yarn=False,
+            context_stages=(
+                ContextStageConfig(
+                    seq_len=32_768,
+                    batch_size=1920,
+                    micro_batch_size=128,
+                    steps=1000,
+                    learning_rate=7.3e-6,
+                ),
+                ContextStageConfig(
+                    seq_len=131_072,
+                    batch_size=480,
+                    micro_batch_size=32,
+                    steps=1000,
+                    learning_rate=7.3e-6,
+                ),
+            ),
+            ema_decay=0.999,  # the report names none
             optimizer=OptimizerConfig(
                 learning_rate=2.2e-4, schedule=v3_learning_rate(), moment_dtype="bfloat16"
             ),
@@ -242,6 +283,7 @@ def deepseek_v3() -> Config:
             mtp_loss_weight=v3_mtp_weight(),
             remat="full",
         ),
+        data=DataConfig(tokenizer="deepseek", fim_rate=0.1),
         precision=PrecisionConfig(compute_dtype="bfloat16"),
     )
 

@@ -3,13 +3,15 @@
 Each script has flags of its own (`FlagValues`), so that several can run in one process.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import flags
 
 from dsjax.config import Config
-from dsjax.errors import InputError
+from dsjax.errors import InputError, RunError
 from dsjax.host_memory import keep_freed_memory
 from dsjax.overrides import first_difference, override, to_json
 from dsjax.presets import preset
@@ -40,6 +42,18 @@ def configured(values: flags.FlagValues) -> Config:
     return config
 
 
+def with_steps(config: Config, steps: int) -> Config:
+    """The same with a main stage of so many steps of the full batch.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if steps < 1:
+        raise InputError(f"--steps is {steps}; it must be at least 1")
+    train = dataclasses.replace(config.train, total_tokens=steps * config.train.tokens_per_step)
+    return dataclasses.replace(config, train=train)
+
+
 def check_preset(values: flags.FlagValues, config: Config) -> None:
     """Checks that a loaded run is a model of the preset named by --preset.
 
@@ -63,8 +77,10 @@ def run(
         usage: shown above the flags by --help.
 
     Returns:
-        0; or 2 after one line on stderr, where something given cannot be used.
+        0; after one line on stderr 2, where something given cannot be used, or 1, where work in
+        progress could not go on.
     """
+    name = argv[0].rsplit("/", 1)[-1]
     try:
         values.unparse_flags()
         rest = values(argv)[1:]
@@ -78,7 +94,20 @@ def run(
         keep_freed_memory()
         body(values)
     except (InputError, flags.Error) as error:
-        line = " ".join(part.strip() for part in str(error).splitlines())
-        print(f"{argv[0].rsplit('/', 1)[-1]}: {line}", file=sys.stderr)
+        print(f"{name}: {_one_line(error)}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"{name}: {_one_line(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(part.strip() for part in str(error).splitlines())
+
+
+def keep_compiled(folder: str) -> None:
+    """Keeps compiled programs in a folder, for the next process, unless another one is set."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

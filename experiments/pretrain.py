@@ -1,20 +1,36 @@
 """Pretrains a preset on text, or goes on where a killed run stopped.
 
 python -m experiments.pretrain --preset=tiny --workdir=runs/tiny
+python -m experiments.pretrain --preset=deepseek_v3 --dry_run --picture=schedule.png
+
+Ctrl-C or SIGTERM ends the step, saves and exits with 0; the same command goes on. Exit code 1 says
+that the run could not go on (disk full, loss not finite); what was saved is still there.
 """
 
-import dataclasses
+import os
 import sys
 
 from absl import flags
 
 from dsjax import load_pretrained
+from dsjax.config import Config
 from dsjax.errors import InputError
+from dsjax.plan.count import parameter_counts
+from dsjax.train.clock import process_age_s
 from dsjax.train.loop import pretrain
+from dsjax.train.pictures import plot_schedule
+from dsjax.train.recipe import describe, schedule_rows
 from experiments import command
 
 FLAGS = command.define_flags(default_preset="tiny", default_workdir=None)
-flags.DEFINE_integer("steps", None, "Length of the run, in steps.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "steps", None, "Length of the main stage, in steps of the full batch.", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "init", None, "Folder of a run whose weights and tokenizer to begin with.", flag_values=FLAGS
+)
+flags.DEFINE_bool("dry_run", False, "Prints the schedule and trains nothing.", flag_values=FLAGS)
+flags.DEFINE_string("picture", None, "Where --dry_run draws the schedule.", flag_values=FLAGS)
 flags.DEFINE_multi_string(
     "sample",
     ["def main(", "class ", "KING HENRY"],
@@ -25,24 +41,31 @@ flags.DEFINE_multi_string(
 
 def _body(values: flags.FlagValues) -> None:
     config = command.configured(values)
+    if values.steps is not None:
+        config = command.with_steps(config, values.steps)
+    if values.dry_run:
+        _dry_run(config, values.preset, values.picture)
+        return
+    if values.picture is not None:
+        raise InputError("--picture goes with --dry_run; a run draws schedule.png in its workdir")
     if not values.workdir:
         raise InputError("--workdir is needed: the folder that the run is kept in")
     for prompt in values.sample:
         if not prompt or prompt.encode(errors="ignore").decode() != prompt:
             raise InputError(f"--sample={prompt!r} is no text to continue")
-    if values.steps is not None:
-        if values.steps < 1:
-            raise InputError(f"--steps is {values.steps}; it must be at least 1")
-        total = values.steps * config.train.tokens_per_step
-        config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, total_tokens=total)
-        )
-    result = pretrain(config, values.workdir, seed=values.seed)
+    command.keep_compiled(os.path.join(values.workdir, "compiled"))
+    result = pretrain(
+        config, values.workdir, seed=values.seed, init=values.init, age_s=process_age_s()
+    )
+    if result.after is None:
+        print(f"stopped by {result.stopped_by} at step {result.step}; the same command goes on")
+        return
     for label, figures in (("before", result.before), ("after", result.after)):
         loss, bits = figures["eval_loss"], figures["bits_per_byte"]
         print(f"held-out loss {label}: {loss:.4f} nats a token, {bits:.4f} bits a byte")
     if result.tokens_per_s is not None:
-        print(f"{result.tokens_per_s:,.0f} tokens/s")
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in result.shares.items())
+        print(f"{result.tokens_per_s:,.0f} tokens/s; wall time: {shares}")
     lm = load_pretrained(values.workdir)
     assert lm.tokenizer is not None  # every run has one
     for prompt in values.sample:
@@ -51,6 +74,15 @@ def _body(values: flags.FlagValues) -> None:
             continue
         text = lm.generate(prompt, max_tokens=min(64, room), temperature=0.7, seed=values.seed)
         print(f"\n--- {prompt!r}\n{prompt}{text}")
+
+
+def _dry_run(config: Config, name: str, picture: str | None) -> None:
+    counts = parameter_counts(config)
+    print(f"{name}: {counts.total:,} parameters, {counts.active:,} active, MTP {counts.mtp:,}")
+    print(describe(config))
+    if picture is not None:
+        drawn = plot_schedule(picture, schedule_rows(config))
+        print("no picture: matplotlib (the extra plot) is missing" if drawn is None else drawn)
 
 
 def main(argv: list[str]) -> int:

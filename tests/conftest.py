@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import pathlib
 
 # Before jax is imported. Tests check meaning, not speed: unoptimised code compiles twice as fast.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -15,6 +16,11 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
     ]
+)
+
+# Token files of the tests' corpora, outside a person's own cache; named by what they hold.
+os.environ["XDG_CACHE_HOME"] = str(
+    pathlib.Path(__file__).resolve().parent.parent / ".cache" / "xdg"
 )
 
 import jax
@@ -94,6 +100,8 @@ def _pretrain_nano(folder):
         *("--set", "data.held_out_fraction=0.2"),
         *("--set", "train.eval_every_steps=2"),
         *("--set", "train.save_every_steps=3"),
+        *("--set", "train.router_every_steps=2"),
+        *("--set", "train.ema_decay=0.9"),
     ]
     workdir = str(folder / "a run")
     out, err = io.StringIO(), io.StringIO()
@@ -102,7 +110,9 @@ def _pretrain_nano(folder):
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.setattr(command, "keep_freed_memory", lambda: False)  # for the process's whole life
+        # Both would be for the process's whole life.
+        patch.setattr(command, "keep_freed_memory", lambda: False)
+        patch.setattr(command, "keep_compiled", lambda folder: None)
         code = pretrain.main(["pretrain", *arguments, f"--workdir={workdir}"])
     return {
         "workdir": workdir,

@@ -14,6 +14,7 @@ from dsjax.errors import InputError
 from dsjax.overrides import override
 from dsjax.plan.count import parameter_counts
 from dsjax.presets import nano
+from dsjax.train.stages import stages
 from sharding.rules import AxisRules
 
 TOKENS = np.random.default_rng(0).integers(0, 512, (2, 24))
@@ -181,7 +182,7 @@ def test_a_trained_model_continues_text(trained):
 
 
 def test_a_run_is_loaded_with_its_configuration(trained, nano_run):
-    assert trained.config.train.steps == 6
+    assert stages(trained.config)[-1].last_step == 6
     assert trained.tokenizer.vocab_size <= trained.config.model.vocab_size
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(trained.params))
     chex.assert_trees_all_equal_shapes_and_dtypes(trained.params, dsjax.init("nano").params)

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from dsjax.checkpoint import read_run
 from dsjax.data.packing import TokenStream
 from dsjax.data.sources import read_documents, split_held_out
+from dsjax.workdir import read_run
 from tests.reference import ngram
 
 # A quarter of the preset's length. Bits a byte of the held-out split: 250 steps reached 2.60 and

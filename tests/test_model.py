@@ -212,7 +212,11 @@ def reference_run(config, params, bias, batch):
         batch["targets_BT"],
         batch["weights_BT"],
         mtp_weight=0.3,
-        balance_weight=1e-4,
+        balance_weights=(
+            config.train.balance_loss_weight,
+            config.train.device_balance_loss_weight,
+            config.train.communication_balance_loss_weight,
+        ),
     )
     return output, losses
 
@@ -240,11 +244,76 @@ def test_packed_model_against_the_oracle(deep):
     np.testing.assert_allclose(aux.metrics["loss"], losses.main, rtol=FLOAT32)
     np.testing.assert_allclose(totals.mtp_scale * aux.metrics["loss_mtp"], losses.mtp, rtol=FLOAT32)
     np.testing.assert_allclose(
-        config.train.balance_loss_weight * aux.metrics["loss_balance"], losses.balance, rtol=1e-4
+        config.train.balance_loss_weight * aux.metrics["loss_balance"], losses.balance[0], rtol=1e-4
     )
     np.testing.assert_allclose(total, losses.total, rtol=FLOAT32)
+    assert set(aux.metrics) == {"loss", "loss_mtp", "loss_balance", "loss_total"}
     assert aux.load["mtp"].shape == (2, 8)
     assert float(aux.metrics["loss_mtp"]) > 0
+
+
+def v2_config():
+    """nano with V2's router and V2's three balance losses; one MTP depth, as nano has."""
+    config, v2 = preset("nano"), preset("deepseek_v2")
+    routed = v2.model.stacks[-1].blocks[0].ffn
+    names = ("score", "group_score", "normalize_gates", "balance_bias", "balance_counts")
+    router = {name: getattr(routed, name) for name in names}
+
+    def like_v2(block):
+        return dataclasses.replace(block, ffn=dataclasses.replace(block.ffn, **router))
+
+    dense, moe = config.model.stacks
+    moe = dataclasses.replace(moe, blocks=tuple(map(like_v2, moe.blocks)))
+    mtp = dataclasses.replace(config.model.mtp, block=like_v2(config.model.mtp.block))
+    losses = ("balance_loss_weight", "device_balance_loss_weight")
+    losses = (*losses, "communication_balance_loss_weight")
+    train = {name: getattr(v2.train, name) for name in losses}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, stacks=(dense, moe), mtp=mtp),
+        train=dataclasses.replace(config.train, **train),
+    )
+
+
+def test_packed_v2_losses_against_the_oracle():
+    """The three balance losses of a whole model, the metrics they give, and what they add."""
+    config = v2_config()
+    params = jax.tree.map(lambda w: w * 3.0 if w.ndim > 1 else w, split(make(config.model))[1])
+    graphdef = blueprint(config.model)
+    batch = packed_batch(
+        np.random.default_rng(5), config.model.vocab_size, [(20, 3, 9), (30,), (1, 1, 2)]
+    )
+    _, losses = reference_run(config, params, {}, batch)
+    loss = PretrainLoss.of(config)
+    totals = loss.totals(batch, 0.0)
+    total, aux = jax.jit(
+        lambda params: loss(merge(graphdef, params, {}), jax.tree.map(jnp.asarray, batch), totals)
+    )(params)
+    names = ("loss_balance", "loss_balance_device", "loss_balance_communication")
+    assert set(aux.metrics) == {"loss", "loss_mtp", "loss_total", *names}
+    alphas = (0.003, 0.05, 0.02)
+    for name, alpha, wanted in zip(names, alphas, losses.balance, strict=True):
+        np.testing.assert_allclose(alpha * aux.metrics[name], wanted, rtol=FLOAT32, err_msg=name)
+    np.testing.assert_allclose(total, losses.total, rtol=FLOAT32)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_balance_without_weight_costs_nothing(remat):
+    """What no loss weighs is gone from the compiled step, the scan over layers included."""
+    config = v2_config()
+    graphdef, params, _ = split(jax.eval_shape(lambda: make(config.model, remat)))
+    batch = packed_batch(np.random.default_rng(5), config.model.vocab_size, [(8,)])
+    totals = PretrainLoss.of(config).totals(batch, 0.0)
+
+    def compiled(**weights):
+        loss = dataclasses.replace(PretrainLoss.of(config), **weights)
+        of = jax.grad(lambda params, batch: loss(merge(graphdef, params, {}), batch, totals)[0])
+        return jax.jit(of).lower(params, batch).compile().as_text()
+
+    assert "balance/groups" in compiled()
+    text = compiled(device_balance_weight=0.0, communication_balance_weight=0.0)
+    assert "balance/groups" not in text
+    assert "balance/" in text
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -498,35 +567,106 @@ def test_bias_gets_no_gradient(nano_rows):
     @jax.grad
     def gradient(bias):
         output = merge(graphdef, params, bias)(tokens_BT, **plain(tokens_BT))
-        return jnp.sum(output.hidden_BTD) + sum(b.sum() for b in output.aux.balance.values())
+        return jnp.sum(output.hidden_BTD) + sum(b.expert.sum() for b in output.aux.balance.values())
 
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient(bias)))
 
 
 def test_balance_loss_is_one_for_an_even_router_and_skips_padding(rng):
-    config = moe_config(num_experts=4, num_experts_per_token=2, num_groups=1, groups_per_token=1)
-    even = np.tile([[0.9, 0.8, 0.1, 0.1], [0.1, 0.1, 0.9, 0.8]], (1, 5, 1)).astype(np.float32)
-    real = np.ones((1, 10), bool)
-    one = router.balance_loss(jnp.asarray(even), jnp.asarray(real), config)
-    np.testing.assert_allclose(one, 1.0, rtol=1e-6)
-    garbage = np.concatenate([even, rng.random((1, 7, 4)).astype(np.float32)], axis=1)
-    padded = np.concatenate([real, np.zeros((1, 7), bool)], axis=1)
-    again = router.balance_loss(jnp.asarray(garbage), jnp.asarray(padded), config)
-    np.testing.assert_allclose(again, 1.0, rtol=1e-6)
-    empty = router.balance_loss(jnp.asarray(even), jnp.asarray(~real), config)
-    np.testing.assert_array_equal(empty, 0.0)
-
-
-def test_balance_loss_against_the_oracle(rng):
-    config = moe_config()
-    logits = rng.standard_normal((3, 20, 8)).astype(np.float32)
-    scores_BTE = jax.nn.sigmoid(jnp.asarray(logits))
-    segments = (rng.random((3, 20)) < 0.7).astype(np.int32)
-    got = router.balance_loss(scores_BTE, jnp.asarray(segments != 0), config).mean() * 1e-4
-    wanted = reference_router.balance_loss(
-        np.asarray(scores_BTE, np.float64), segments, experts_per_token=2, alpha=1e-4
+    """Each of the three; K experts, of at most M groups a token."""
+    config = moe_config(
+        num_experts=4,
+        num_experts_per_token=2,
+        num_groups=2,
+        groups_per_token=1,
+        balance_counts="selected",
     )
-    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    even = np.tile([[0.9, 0.8, 0.1, 0.1], [0.1, 0.1, 0.9, 0.8]], (1, 5, 1)).astype(np.float32)
+    chosen = np.tile([[0, 1], [2, 3]], (1, 5, 1)).astype(np.int32)
+    real = np.ones((1, 10), bool)
+    for counts in ("selected", "best_scores"):
+        config = dataclasses.replace(config, balance_counts=counts)
+        np.testing.assert_allclose(
+            router.balance_loss(jnp.asarray(even), jnp.asarray(chosen), jnp.asarray(real), config),
+            np.ones((3, 1)),
+            rtol=1e-6,
+        )
+        garbage = np.concatenate([even, rng.random((1, 7, 4)).astype(np.float32)], axis=1)
+        anything = np.concatenate([chosen, np.zeros((1, 7, 2), np.int32)], axis=1)
+        padded = np.concatenate([real, np.zeros((1, 7), bool)], axis=1)
+        again = router.balance_loss(
+            jnp.asarray(garbage), jnp.asarray(anything), jnp.asarray(padded), config
+        )
+        np.testing.assert_allclose(again, np.ones((3, 1)), rtol=1e-6)
+        empty = router.balance_loss(
+            jnp.asarray(even), jnp.asarray(chosen), jnp.asarray(~real), config
+        )
+        np.testing.assert_array_equal(empty, np.zeros((3, 1)))
+
+
+def balance_case(rng, score, counts):
+    """A router, logits of three packed rows of 12 (padding in each, one all padding), biases."""
+    config = moe_config(
+        num_groups=4,
+        groups_per_token=2,
+        num_experts_per_token=3,
+        score=score,
+        group_score="top2_sum" if score == "sigmoid" else "max",
+        normalize_gates=score == "sigmoid",
+        balance_counts=counts,
+    )
+    logits_BTE = rng.standard_normal((3, 12, 8))
+    segments_BT = np.zeros((3, 12), np.int32)
+    segments_BT[0, :10], segments_BT[1, :7], segments_BT[0, 4:10] = 1, 1, 2
+    bias_E = jnp.asarray(rng.standard_normal(8), jnp.float32) if score == "sigmoid" else None
+    return config, logits_BTE, segments_BT, bias_E
+
+
+@pytest.mark.parametrize("counts", ["best_scores", "selected"])
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_balance_loss_against_the_oracle(rng, score, counts):
+    """All three, value and gradient; where f is held, so that the gradient is P's alone."""
+    config, logits_BTE, segments_BT, bias_E = balance_case(rng, score, counts)
+    sizes = {"num_groups": 4, "groups_per_token": 2, "experts_per_token": 3, "scale": 2.5}
+    flat_UE = logits_BTE.reshape(-1, 8)
+    if score == "sigmoid":
+        _, expert_UK, scores_UE = reference_router.route_v3(flat_UE, bias_E, **sizes)
+    else:
+        _, expert_UK, scores_UE = reference_router.route_v2(flat_UE, **sizes)
+    counted_UK = expert_UK
+    if counts == "best_scores":
+        counted_UK = np.array([reference_router.top_k(s_E, 3) for s_E in scores_UE])
+        assert (np.sort(counted_UK) != np.sort(expert_UK)).any()  # the two modes differ
+    counted_BTK = counted_UK.reshape(3, 12, 3)
+
+    def oracle(logits_BTE):
+        scores_BTE = 1 / (1 + np.exp(-logits_BTE)) if score == "sigmoid" else np.exp(logits_BTE)
+        share_BTE = scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)
+        told = reference_router.v2_balance_losses(
+            share_BTE, counted_BTK, segments_BT, num_groups=4, groups_per_token=2
+        )
+        return np.array([told.expert, told.device, told.communication])
+
+    def ours(logits_BTE):
+        scores_BTE = router.affinities(logits_BTE, config)
+        expert_UK = router.select(scores_BTE.reshape(-1, 8), bias_E, config)
+        balance = router.balance_loss(
+            scores_BTE, expert_UK.reshape(3, 12, 3), jnp.asarray(segments_BT != 0), config
+        )
+        return jnp.stack([rows_B.sum() for rows_B in balance]) / 2  # rows that hold a token
+
+    logits = jnp.asarray(logits_BTE, jnp.float32)
+    np.testing.assert_allclose(ours(logits), oracle(logits_BTE), rtol=1e-5)
+    got = jax.jit(jax.jacrev(ours))(logits)
+    step, wanted = 1e-5, np.zeros((3, *logits_BTE.shape))
+    for place in np.ndindex(logits_BTE.shape):
+        nudge = np.zeros_like(logits_BTE)
+        nudge[place] = step
+        slope = (oracle(logits_BTE + nudge) - oracle(logits_BTE - nudge)) / (2 * step)
+        wanted[(slice(None), *place)] = slope
+    for level in range(3):
+        assert_near(got[level], wanted[level])
+    assert not np.asarray(got)[:, segments_BT == 0].any()
 
 
 def test_bias_moves_against_the_load():

@@ -34,6 +34,7 @@ PUBLISHED = {
     "gate scale": (1.0, 16.0, 2.5),
     "gates normalised": (False, False, True),
     "balancing bias": (False, False, True),
+    "balance counts": ("selected", "selected", "best_scores"),
     "vocabulary": (102_400, 102_400, 129_280),
     "rope theta": (1e4, 1e4, 1e4),
     "yarn": ((40.0, 4096, 32.0, 1.0, 0.707, 0.707),) * 2 + ((40.0, 4096, 32.0, 1.0, 1.0, 1.0),),
@@ -51,7 +52,8 @@ TRAINED = {
     "betas": ((0.9, 0.95),) * 3,
     "decay": (0.1, 0.1, 0.1),
     "clip": (1.0, 1.0, 1.0),
-    "balance loss": (0.001, 0.003, 1e-4),
+    # V2: alpha_1, alpha_2, alpha_3 (report 3.1.2 and appendix B.1).
+    "balance losses": ((0.001, 0.0, 0.0), (0.003, 0.05, 0.02), (1e-4, 0.0, 0.0)),
 }
 
 
@@ -83,6 +85,7 @@ def sizes_of(config):
         "gate scale": ffn.gate_scale,
         "gates normalised": ffn.normalize_gates,
         "balancing bias": ffn.balance_bias,
+        "balance counts": ffn.balance_counts,
         "vocabulary": model.vocab_size,
         "rope theta": attention.rope.theta,
         "yarn": (
@@ -105,7 +108,11 @@ def sizes_of(config):
         "betas": (train.optimizer.beta1, train.optimizer.beta2),
         "decay": train.optimizer.weight_decay,
         "clip": train.optimizer.clip_norm,
-        "balance loss": train.balance_loss_weight,
+        "balance losses": (
+            train.balance_loss_weight,
+            train.device_balance_loss_weight,
+            train.communication_balance_loss_weight,
+        ),
     }
 
 

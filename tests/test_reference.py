@@ -29,6 +29,7 @@ MOE = SimpleNamespace(
     score="sigmoid",
     gate_scale=2.5,
     normalize_gates=True,
+    balance_counts="best_scores",
 )
 WIDTH, HEADS, LATENT, VALUE, HIDDEN, EXPERTS, VOCAB = 6, 2, 5, 4, 3, 4, 11
 
@@ -255,6 +256,47 @@ def test_balance_loss_by_hand():
     np.testing.assert_allclose(loss, (2.2 + 1.0) / 2)
 
 
+def test_v2_balance_losses_by_hand():
+    """Two tokens, four experts on two devices, two experts and at most one device a token."""
+    scores_BTE = np.array([[[0.4, 0.3, 0.2, 0.1], [0.2, 0.2, 0.5, 0.1], [0.0, 0.0, 0.0, 1.0]]])
+    sizes = {"num_groups": 2, "groups_per_token": 1}
+    segments_BT = np.array([[1, 2, 0]])
+    p_E = [0.3, 0.25, 0.35, 0.1]
+    # One token on each device: every f is 4 / (2 * 2), 2 / (1 * 2) = 1, and the P sum to 1.
+    expert_BTK = np.array([[[0, 1], [2, 3], [3, 0]]])
+    even = router.v2_balance_losses(scores_BTE, expert_BTK, segments_BT, **sizes)
+    np.testing.assert_allclose([even.expert, even.device, even.communication], 1.0)
+    # Both tokens on device 0, once as 0, 1 and once as 0, 1: f = 2, 2, 0, 0; f' = 2, 0; f'' = 2, 0.
+    expert_BTK = np.array([[[0, 1], [1, 0], [2, 3]]])
+    uneven = router.v2_balance_losses(scores_BTE, expert_BTK, segments_BT, **sizes)
+    np.testing.assert_allclose([uneven.expert, uneven.device, uneven.communication], 2 * 0.55)
+    # Without a limit, 0 and 2 twice: uneven experts, each device half of the load and every token.
+    sizes = {"num_groups": 2, "groups_per_token": 2}
+    expert_BTK = np.array([[[0, 2], [0, 2], [3, 0]]])
+    experts = router.v2_balance_losses(scores_BTE, expert_BTK, segments_BT, **sizes)
+    np.testing.assert_allclose(experts.expert, 2 * (p_E[0] + p_E[2]))
+    np.testing.assert_allclose([experts.device, experts.communication], 1.0)
+    # 0, 1 and 0, 2: device 0 has three of four assignments and two of three arrivals.
+    expert_BTK = np.array([[[0, 1], [0, 2], [3, 0]]])
+    mixed = router.v2_balance_losses(scores_BTE, expert_BTK, segments_BT, **sizes)
+    np.testing.assert_allclose(mixed.expert, 2 * p_E[0] + p_E[1] + p_E[2])
+    np.testing.assert_allclose(mixed.device, 1.5 * 0.55 + 0.5 * 0.45)
+    np.testing.assert_allclose(mixed.communication, 1.0 * 0.55 + 0.5 * 0.45)
+
+
+def test_v2s_expert_balance_on_the_best_scores_is_v3s():
+    rng = np.random.default_rng(6)
+    scores_BTE = rng.random((3, 9, 8))
+    segments_BT = (rng.random((3, 9)) < 0.7).astype(int)
+    best_BTK = np.array([[router.top_k(s_E, 2) for s_E in s_TE] for s_TE in scores_BTE])
+    share_BTE = scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)
+    got = router.v2_balance_losses(
+        share_BTE, best_BTK, segments_BT, num_groups=4, groups_per_token=2
+    )
+    wanted = router.balance_loss(scores_BTE, segments_BT, experts_per_token=2, alpha=1.0)
+    np.testing.assert_allclose(got.expert, wanted, rtol=1e-12)
+
+
 def test_bias_update_and_max_violation():
     bias_E = router.update_bias(np.array([0.0, 0.5, 0.1, 0.0]), np.array([6, 4, 4, 2]), 0.001)
     np.testing.assert_allclose(bias_E, [-0.001, 0.5, 0.1, 0.001])
@@ -358,14 +400,19 @@ def test_losses_add_up():
     weights_BT = np.array([[1.0, 1.0, 1.0, 0.0]])
     output = run_model(params, tokens_BT)
     parts = transformer.losses(
-        params, output, targets_BT, weights_BT, mtp_weight=0.3, balance_weight=0.01
+        params, output, targets_BT, weights_BT, mtp_weight=0.3, balance_weights=(0.01, 0.02, 0.03)
     )
     wanted = [layers.cross_entropy(output.logits_BTV[0, t], targets_BT[0, t]) for t in range(3)]
     np.testing.assert_allclose(parts.main, np.mean(wanted))
     np.testing.assert_allclose(parts.mtp, 0.3 * parts.mtp_depths[0])
-    balance = output.aux[1].balance + output.mtp[0].aux.balance
-    np.testing.assert_allclose(parts.balance, 0.01 * balance)
-    np.testing.assert_allclose(parts.total, parts.main + parts.mtp + parts.balance)
+    told = output.aux[1].balance, output.mtp[0].aux.balance
+    wanted = [
+        0.01 * sum(balance.expert for balance in told),
+        0.02 * sum(balance.device for balance in told),
+        0.03 * sum(balance.communication for balance in told),
+    ]
+    np.testing.assert_allclose(parts.balance, wanted)
+    np.testing.assert_allclose(parts.total, parts.main + parts.mtp + sum(wanted))
 
 
 # ---- optimizer ----
@@ -457,6 +504,7 @@ def moe_of(c):
         score=c["scoring_func"],
         gate_scale=c["routed_scaling_factor"],
         normalize_gates=c["norm_topk_prob"],
+        balance_counts="best_scores" if c["topk_method"] == "noaux_tc" else "selected",
     )
 
 

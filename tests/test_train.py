@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -13,19 +14,21 @@ import numpy as np
 import optax
 import pytest
 
-from dsjax.checkpoint import Checkpoints, read_params
+from dsjax.checkpoint import read_params
 from dsjax.config import OptimizerConfig, PhaseConfig, ScheduleConfig, SourceConfig, constant
+from dsjax.data import DataError
+from dsjax.errors import RunError
 from dsjax.model.router import health
 from dsjax.model.transformer import build, split
 from dsjax.precision import Precision
 from dsjax.presets import preset, v3_bias_speed, v3_learning_rate, v3_mtp_weight
 from dsjax.train import loop, loss
 from dsjax.train.loss import PretrainLoss, cross_entropy
-from dsjax.train.metrics import METRICS_FILE, MetricsWriter, plot_loss, read_metrics
+from dsjax.train.metrics import read_metrics
 from dsjax.train.optimizer import adamw, decays
 from dsjax.train.schedule import value_at
-from dsjax.train.state import TrainState, create
-from dsjax.train.step import make_train_step
+from dsjax.train.state import abstract_state, create, fresh_state
+from dsjax.train.step import make_train_step, update_ema
 from sharding.rules import AxisRules
 from tests.helpers import (
     FLOAT32,
@@ -308,15 +311,23 @@ def make_nano(config, params):
     graphdef, _, bias = split(model)
     bias = jax.tree.map(lambda b: np.zeros(b.shape, b.dtype), bias)
     optimizer = adamw(config.train.optimizer, decays(model))
-    first = TrainState(np.int32(0), params, bias, jax.device_get(optimizer.init(params)), {})
+    params = jax.tree.map(jnp.asarray, params)
+    bias = jax.tree.map(jnp.asarray, bias)
+    first = jax.device_get(fresh_state(config, params, bias, optimizer.init(params)))
     counted = Counted(PretrainLoss.of(config))
-    step = make_train_step(graphdef, counted, optimizer, bias_speed=config.train.bias_speed)
+    step = make_train_step(
+        graphdef,
+        counted,
+        optimizer,
+        bias_speed=config.train.bias_speed,
+        ema_decay=config.train.ema_decay,
+    )
     return Nano(step, first, counted)
 
 
 @pytest.fixture(scope="module")
 def nano():
-    _, state, _ = create(BASE, jax.random.key(0), AxisRules())
+    state = create(BASE, jax.random.key(0), AxisRules())
     return make_nano(BASE, jax.device_get(state.params))
 
 
@@ -352,6 +363,46 @@ def test_micro_batched_equals_whole(nano, uneven, whole, micro_batch_size, remat
         else:
             np.testing.assert_allclose(value, wanted_metrics[name], rtol=FLOAT32, err_msg=name)
     assert len(nano.loss.traces) == before + 1
+
+
+def test_v2s_balances_are_summed_over_micro_batches(nano, uneven):
+    """V2's router and weights: metrics, total and step are those of the whole batch."""
+
+    def like_v2(block):
+        ffn = dataclasses.replace(
+            block.ffn,
+            score="softmax",
+            group_score="max",
+            normalize_gates=False,
+            balance_bias=False,
+            balance_counts="selected",
+        )
+        return dataclasses.replace(block, ffn=ffn)
+
+    (moe,), mtp = BASE.model.stacks, BASE.model.mtp
+    moe = dataclasses.replace(moe, blocks=tuple(map(like_v2, moe.blocks)))
+    mtp = dataclasses.replace(mtp, block=like_v2(mtp.block))
+    weights = {
+        "balance_loss_weight": 0.003,
+        "device_balance_loss_weight": 0.05,
+        "communication_balance_loss_weight": 0.02,
+    }
+    config = dataclasses.replace(
+        BASE,
+        model=dataclasses.replace(BASE.model, stacks=(moe,), mtp=mtp),
+        train=dataclasses.replace(BASE.train, **weights),
+    )
+    v2 = make_nano(config, nano.first.params)
+    wanted, wanted_metrics = v2.run(uneven)
+    state, metrics = v2.run(uneven, micro_batch_size=2)
+    assert_trees_near(state.params, wanted.params)
+    names = ("loss_balance", "loss_balance_device", "loss_balance_communication")
+    total = metrics["loss"] + 0.3 * metrics["loss_mtp"]
+    for name, weight in zip(names, weights.values(), strict=True):
+        np.testing.assert_allclose(metrics[name], wanted_metrics[name], rtol=FLOAT32, err_msg=name)
+        total += weight * metrics[name]
+    np.testing.assert_allclose(metrics["loss_total"], wanted_metrics["loss_total"], rtol=FLOAT32)
+    np.testing.assert_allclose(metrics["loss_total"], total, rtol=FLOAT32)
 
 
 def test_loads_count_every_token_once(whole, uneven):
@@ -498,6 +549,70 @@ def test_bfloat16_computes_and_float32_remembers(nano):
     assert len(nano.loss.traces) == 1
 
 
+# ---- what is not finite, and what is averaged ----------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_counts(nano, uneven, poison):
+    """Then a finite one goes on as if it had not been; 1e30 overflows in the gradient's norm."""
+    state = jax.tree.map(jnp.array, nano.first)
+    state, _ = nano.step(state, uneven, progress=BIASED, micro_batch_size=4)
+    before = jax.device_get(state)
+    weights = uneven["weights_BT"].copy()
+    weights[1, 3] = poison
+    totals = nano.loss.totals(uneven, BIASED)
+    with pytest.MonkeyPatch.context() as patch:  # a huge weight alone would divide itself away
+        patch.setattr(type(nano.loss), "totals", lambda *_: totals)
+        broken = dict(uneven, weights_BT=weights)
+        for count in (1, 2):
+            state, metrics = nano.step(state, broken, progress=BIASED, micro_batch_size=4)
+            finite = np.isfinite([metrics["loss_total"], metrics["grad_norm"]])
+            assert not finite.all()
+            assert int(metrics["skipped_steps"]) == count
+            assert int(state.extra["skipped_in_a_row"]) == count
+    after = jax.device_get(state)
+    for name in ("params", "bias", "opt"):
+        chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
+    assert int(after.step) == 3
+    state, metrics = nano.step(state, uneven, progress=BIASED, micro_batch_size=4)
+    assert int(state.extra["skipped_in_a_row"]) == 0
+    assert int(metrics["skipped_steps"]) == 2
+    unbroken = jax.tree.map(jnp.array, before)
+    unbroken, _ = nano.step(unbroken, uneven, progress=BIASED, micro_batch_size=4)
+    chex.assert_trees_all_equal(state.params, unbroken.params)
+
+
+def test_the_average_of_the_weights_follows_them(rng):
+    """Against the definition; early on over a tenth of the steps, later by the decay."""
+    tree = {"a": rng.standard_normal((3, 2)).astype(np.float32), "b": np.float32(1.0)}
+    ema = wanted = tree
+    for step in range(1, 40):
+        params = jax.tree.map(lambda x, step=step: x + np.float32(step), tree)
+        ema = update_ema(ema, params, jnp.int32(step), 0.7)
+        kept = min(0.7, (1 + step) / (10 + step))
+        wanted = jax.tree.map(lambda e, p, k=kept: k * e + (1 - k) * p, wanted, params)
+        assert_trees_near(ema, wanted)
+    # A constant lag behind a steady drift: decay / (1 - decay) steps of it.
+    np.testing.assert_allclose(params["a"] - ema["a"], 0.7 / 0.3, rtol=1e-3)
+
+
+def test_a_run_keeps_an_average_of_its_own(nano, uneven):
+    """In float32, apart from the weights it began with, and not moved by a skipped step."""
+    config = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, ema_decay=0.9))
+    averaged = make_nano(config, nano.first.params)
+    state, _ = averaged.run(uneven, steps=3)
+    plain, _ = nano.run(uneven, steps=3)
+    chex.assert_trees_all_equal(state.params, plain.params)
+    chex.assert_trees_all_equal_structs(state.extra["ema"], state.params)
+    moved = distance(state.extra["ema"]["head_DV"], state.params["head_DV"])
+    assert 0 < moved < distance(nano.first.params["head_DV"], state.params["head_DV"])
+    batch = dict(uneven, weights_BT=uneven["weights_BT"] * np.nan)
+    again = jax.tree.map(jnp.array, state)
+    again, _ = averaged.step(again, batch, progress=FAST, micro_batch_size=4)
+    assert distance(again.extra["ema"]["head_DV"], state.params["head_DV"]) <= moved
+    chex.assert_tree_all_finite(again.extra)
+
+
 # ---- runs ---------------------------------------------------------------------------------------
 
 STEPS = 20
@@ -533,60 +648,82 @@ def run_config():
         remat="full",
         eval_every_steps=4,
         save_every_steps=5,
+        max_skipped_steps=3,
     )
     return dataclasses.replace(BASE, data=data, train=train)
 
 
-def poisoned(make, number):
-    """`make_train_batches` whose batch of this number, from 0, has weights that are no numbers."""
+def drawing(change):
+    """`loop._draw` whose batches go through `change(call, batch)`; calls count from 1."""
+    draw, calls = loop._draw, itertools.count(1)
 
-    def made(*arguments):
-        batches = make(*arguments)
-        draw = type(batches).__next__
+    def drawn(corpus, count):
+        return change(next(calls), draw(corpus, count))
 
-        class Poisoned(type(batches)):
-            def __next__(self):
-                mine = self.get_state()["next_batch"] == number
-                batch = draw(self)
-                if mine:
-                    batch["weights_BT"] = batch["weights_BT"] * np.nan
-                return batch
+    return drawn
 
-        batches.__class__ = Poisoned
-        return batches
 
-    return made
+def not_finite(numbers):
+    """Makes the weights of these batches NaN."""
+
+    def change(call, batch):
+        if call in numbers:
+            batch["weights_BT"] = batch["weights_BT"] * np.nan
+        return batch
+
+    return change
+
+
+def lost(number):
+    """The text is gone from this batch on."""
+
+    def change(call, batch):
+        if call >= number:
+            raise DataError("tokens/3.bin: cut off at byte 77")
+        return batch
+
+    return change
 
 
 def make_runs(folder):
-    """An unbroken run; and one stopped at step 7, broken at 14 by a loss of NaN, and resumed.
+    """Runs of one configuration that share the programs which the first one traces.
 
-    They share the programs that the first one traces.
+    One unbroken; one stopped at step 7, broken at 14 and resumed; one in which two steps are not
+    finite; and one in which every step from the 8th on is not, resumed after it has given up.
     """
     config, told, kept = run_config(), {}, {}
     counted = Counted(PretrainLoss.of(config))
     make = loop.make_train_step
-    unbroken, broken = str(folder / "unbroken"), str(folder / "broken")
+    names = ("unbroken", "broken", "skipping", "hopeless")
+    unbroken, broken, skipping, hopeless = (str(folder / name) for name in names)
+
+    def run(workdir, change=None, **settings):
+        with pytest.MonkeyPatch.context() as patch:
+            if change is not None:
+                patch.setattr(loop, "_draw", drawing(change))
+            return dataclasses.asdict(loop.pretrain(config, workdir, seed=3, **settings))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.PretrainLoss, "of", lambda config: counted)
         patch.setattr(
             loop, "make_train_step", lambda *x, **y: kept.setdefault("step", make(*x, **y))
         )
         with Traces() as traces:
-            told["unbroken"] = dataclasses.asdict(loop.pretrain(config, unbroken, seed=3))
+            told["unbroken"] = run(unbroken)
         told["traces"], told["loss_traces"] = traces, list(counted.traces)
-        loop.pretrain(config, broken, seed=3, stop_at_step=7)
-        with pytest.MonkeyPatch.context() as poison:
-            poison.setattr(loop, "make_train_batches", poisoned(loop.make_train_batches, 13))
-            with pytest.raises(FloatingPointError) as caught:
-                loop.pretrain(config, broken, seed=3)
+        run(broken, stop_at_step=7)
+        with pytest.raises(RunError) as caught:
+            run(broken, lost(7))
         told["error"], told["rows"] = str(caught.value), read_metrics(broken)
-        checkpoints = Checkpoints(broken, keep=2)
-        told["latest"] = checkpoints.latest_step()
-        checkpoints.close()
-        told["broken"] = dataclasses.asdict(loop.pretrain(config, broken, seed=3))
+        told["left"] = sorted(p.name for p in pathlib.Path(broken, "checkpoints").iterdir())
+        told["broken"] = run(broken)
+        told["skipping"] = run(skipping, not_finite({6, 7}))
+        with pytest.raises(RunError) as caught:
+            run(hopeless, not_finite(range(8, 99)))
+        told["hopeless_error"], told["hopeless_rows"] = str(caught.value), read_metrics(hopeless)
+        told["hopeless"] = run(hopeless)
         told["all_loss_traces"] = list(counted.traces)
-    return told | {"folders": [unbroken, broken]}
+    return told | {"folders": {name: str(folder / name) for name in names}}
 
 
 @pytest.fixture(scope="module")
@@ -604,24 +741,34 @@ def test_a_run_traces_each_program_once(runs):
     assert runs["all_loss_traces"] == runs["loss_traces"]  # nor again with what was restored
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(runs):
-    """The last checkpoint stays, and no row tells of the step."""
-    assert runs["error"] == "loss is nan at step 14"
-    assert runs["latest"] == 10
+TIMES = {
+    *("data_wait_s", "goodput", "memory_bytes", "productive_s", "save_s", "share_of_peak"),
+    *("tokens_per_s", "wall_s"),
+}
+
+
+def numbers_of(rows):
+    """Rows without what depends on the machine."""
+    return [{name: v for name, v in row.items() if name not in TIMES} for row in rows]
+
+
+def test_text_that_is_lost_ends_the_run_and_what_was_saved_stays(runs):
+    assert runs["error"] == "tokens/3.bin: cut off at byte 77"
     assert runs["rows"][-1]["step"] == 13
-    assert all(row["loss"] is not None for row in runs["rows"] if "loss" in row)
+    assert runs["left"] == ["10", "7"]
 
 
 def test_a_resumed_run_equals_an_unbroken_one(runs):
     """Every number of every row, evaluations too, and the parameters, bit for bit."""
-    wanted, rows = (read_metrics(folder) for folder in runs["folders"])
-    for row in (*wanted, *rows):
-        for name in ("tokens_per_s", "elapsed_s"):
-            row.pop(name, None)
+    folders = [runs["folders"][name] for name in ("unbroken", "broken")]
+    wanted, rows = (numbers_of(read_metrics(folder)) for folder in folders)
     # Where it was stopped on purpose it was evaluated once more.
     extra = [row for row in rows if row["step"] == 7 and "loss" not in row]
     assert len(extra) == 1
-    assert [row for row in rows if row is not extra[0]] == wanted
+    rows = [row for row in rows if row is not extra[0]]
+    # The end of a process is logged in full.
+    rows[7] = {name: v for name, v in rows[7].items() if not name.startswith(("load/", "bias/"))}
+    assert rows == wanted
     assert [row["step"] for row in wanted] == [0, *range(1, STEPS + 1), STEPS]
     evaluated = [row["step"] for row in wanted if "eval_loss" in row]
     assert evaluated == [0, 4, 8, 12, 16, STEPS]
@@ -629,20 +776,54 @@ def test_a_resumed_run_equals_an_unbroken_one(runs):
         assert runs["broken"][name] == runs["unbroken"][name]
     assert runs["unbroken"]["after"]["eval_loss"] < runs["unbroken"]["before"]["eval_loss"]
 
-    model = jax.eval_shape(build(run_config()), jax.random.key(0))
-    _, params, bias = split(model)
-    optimizer = adamw(run_config().train.optimizer, decays(model))
-    like = {"params": params, "bias": bias, "opt": jax.eval_shape(optimizer.init, params)}
-    states = [read_params(folder, like) for folder in runs["folders"]]
+    like = loop._as_dict(abstract_state(run_config(), AxisRules()))
+    states = [read_params(folder, like) for folder in folders]
     assert [step for _, step in states] == [STEPS, STEPS]
     chex.assert_trees_all_equal(states[0][0], states[1][0])
-    kept = pathlib.Path(runs["folders"][1], "checkpoints").iterdir()
+    kept = pathlib.Path(folders[1], "checkpoints").iterdir()
     assert sorted(path.name for path in kept) == ["15", "20"]
+
+
+def test_wall_time_of_all_processes_is_counted_and_lost_steps_are_not_productive(runs):
+    for name in ("unbroken", "broken", "hopeless"):
+        rows = read_metrics(runs["folders"][name])
+        walls = [row["wall_s"] for row in rows]
+        assert walls == sorted(walls)
+        assert 0.0 < rows[-1]["goodput"] < 1.0
+        np.testing.assert_allclose(
+            rows[-1]["goodput"], rows[-1]["productive_s"] / rows[-1]["wall_s"]
+        )
+    # The broken run's steps 11 to 13 were taken twice.
+    before = runs["rows"][-1]["wall_s"]
+    resumed = read_metrics(runs["folders"]["broken"])
+    assert next(row["wall_s"] for row in resumed if row["step"] == 11) > before
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(runs):
+    rows = [row for row in read_metrics(runs["folders"]["skipping"]) if "loss_total" in row]
+    assert [row["skipped_steps"] for row in rows] == [0] * 5 + [1] + [2] * 14
+    assert [row["step"] for row in rows if row["loss_total"] is None] == [6, 7]
+    assert runs["skipping"]["step"] == STEPS
+    wanted = [row for row in read_metrics(runs["folders"]["unbroken"]) if "loss_total" in row]
+    assert [row["loss"] for row in rows[:5]] == [row["loss"] for row in wanted[:5]]
+    norms = [row["param_norm"] for row in rows]
+    assert norms[4] != norms[3]
+    assert np.isfinite(norms[7:]).all()
+    assert runs["skipping"]["after"]["eval_loss"] < runs["skipping"]["before"]["eval_loss"]
+
+
+def test_too_many_of_them_in_a_row_end_the_run(runs):
+    """The newest checkpoint stays, and the same command goes on from it."""
+    assert runs["hopeless_error"].startswith("4 steps in a row are not finite, the last one 11 (")
+    assert runs["hopeless_error"].endswith("train.max_skipped_steps is 3")
+    assert runs["hopeless_rows"][-1]["skipped_steps"] == 4
+    assert runs["hopeless"]["step"] == STEPS
+    assert math.isfinite(runs["hopeless"]["after"]["eval_loss"])
 
 
 def test_rows_tell_the_schedules_and_the_health(runs):
     train = run_config().train
-    rows = [row for row in read_metrics(runs["folders"][0]) if "loss" in row]
+    rows = [row for row in read_metrics(runs["folders"]["unbroken"]) if "loss" in row]
     assert len(rows) == STEPS
     for row in rows:
         progress = (row["step"] - 1) / STEPS
@@ -651,58 +832,13 @@ def test_rows_tell_the_schedules_and_the_health(runs):
         np.testing.assert_allclose(row["bias_speed"], 5e-3)
         assert row["tokens"] == row["step"] * train.tokens_per_step
         assert np.shape(row["router/moe/max_violation"]) == (2,)
+        assert ("load/mtp" in row) == ("bias/moe" in row) == (row["step"] % 10 == 0)
+        if "load/mtp" not in row:
+            continue
         assert np.shape(row["load/mtp"]) == (1, 8)
         # Two experts a token; an epoch's last row ends in padding, which goes to none.
         first, second = np.sum(row["load/moe"], axis=1)
         assert 1.5 * train.tokens_per_step < first == second <= 2 * train.tokens_per_step
     assert "tokens_per_s" not in rows[0]  # that step compiled
+    assert all(0 < row["share_of_peak"] < 1 for row in rows[1:])
     assert all(row["tokens_per_s"] > 0 for row in rows[1:])
-
-
-# ---- metrics ------------------------------------------------------------------------------------
-
-
-def test_the_writer_refuses_names_it_does_not_know(tmp_path):
-    writer = MetricsWriter(tmp_path, after_step=0)
-    with pytest.raises(ValueError, match="unknown metric 'los'; did you mean 'loss'"):
-        writer.write({"step": 1, "los": 2.0})
-    with pytest.raises(ValueError, match="unknown metric 'rooter/moe'"):
-        writer.write({"step": 1, "rooter/moe": 2.0})
-    writer.write({"step": 1, "loss": np.float32(0.5), "load/moe": np.array([[1, 2]])})
-    writer.write({"step": 2, "loss": float("nan"), "router/moe/x": jnp.array([1.0, jnp.inf])})
-    writer.close()
-    assert read_metrics(tmp_path) == [
-        {"step": 1, "loss": 0.5, "load/moe": [[1, 2]]},
-        {"step": 2, "loss": None, "router/moe/x": [1.0, None]},
-    ]
-
-
-def test_the_writer_drops_what_is_written_again(tmp_path):
-    path = tmp_path / METRICS_FILE
-    whole = "".join(json.dumps({"step": n, "loss": n / 2}) + "\n" for n in range(1, 6))
-    path.write_text(whole + '{"step": 6, "lo')
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    writer = MetricsWriter(tmp_path, after_step=3)
-    assert writer.has(3, "loss")
-    assert not writer.has(4, "loss")
-    assert not writer.has(3, "eval_loss")
-    writer.write({"step": 4, "loss": 9.0})
-    writer.close()
-    assert [row["loss"] for row in read_metrics(tmp_path)] == [0.5, 1.0, 1.5, 9.0]
-    path.write_text(whole + '{"step": 6, "lo')  # cut short, all before it kept
-    writer = MetricsWriter(tmp_path, after_step=9)
-    writer.write({"step": 6, "loss": 3.0})
-    writer.close()
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
-
-
-def test_no_metrics_is_no_rows(tmp_path):
-    assert read_metrics(tmp_path) == []
-
-
-def test_the_picture(tmp_path, runs):
-    pytest.importorskip("matplotlib")
-    for folder in (pathlib.Path(runs["folders"][0]), tmp_path):  # the second has nothing to draw
-        path = plot_loss(folder)
-        assert path == folder / "loss.png"
-        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -1,4 +1,4 @@
-"""A synthetic source for retrieval: lists of names with codes, in which every name comes back.
+"""A synthetic source for retrieval: names with codes among sentences that say nothing.
 
 Knows nothing about tokens or models. It teaches, and tests, what a needle in a haystack asks for:
 find the one place where a name was given its code, however far back, and copy the code.
@@ -7,31 +7,33 @@ find the one place where a name was given its code, however far back, and copy t
 import random
 from collections.abc import Iterator
 
-_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "st")
-_VOWELS = ("a", "e", "i", "o", "u")
-NAMES = tuple(a + x + b + y for a in _ONSETS for x in _VOWELS for b in _ONSETS for y in _VOWELS)
+# Few enough that a small vocabulary has a token for each, and each is met often.
+NAMES = tuple(a + b + "x" for a in "bdfgklmnprstvz" for b in "aeiou")
+CODES = tuple(range(10, 60))
+FILLER = ("the grass is green.\n", "the sky is blue.\n", "the sun is yellow.\n", "here we go.\n")
 
 
 def line(name: str, code: int) -> str:
     """One fact."""
-    return f"{name} {code:03d}\n"
+    return f"{name}{code}\n"
 
 
 def facts(rng: random.Random, count: int) -> list[tuple[str, int]]:
-    """Names, all different, each with a code of three digits."""
-    return [(name, rng.randrange(1000)) for name in rng.sample(NAMES, count)]
+    """Names, all different, each with its code."""
+    return [(name, rng.choice(CODES)) for name in rng.sample(NAMES, count)]
 
 
-def documents(count: int = 3000, seed: int = 0) -> Iterator[tuple[str, str]]:
+def documents(count: int = 4000, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Yields (name, text).
 
-    A document states facts and then repeats them in random orders, so that from the second time on
-    every code can be found further up; how far depends on the number of facts, from 2 to 400.
+    A document repeats a few facts over and over, among more or less filler, so that from the second
+    time on each code can be found further up, at distances of 3 to some thousand tokens.
     """
     for number in range(count):
         rng = random.Random(f"recall {seed} {number}")
-        known = facts(rng, int(2 * 200 ** rng.random()))
+        known = facts(rng, rng.randint(1, 4))
+        filler = rng.choice((0.0, 0.0, 0.5, 0.8, 0.95))
         lines = []
-        while len(lines) < 600:
-            lines += [line(*fact) for fact in rng.sample(known, len(known))]
-        yield f"builtin:recall/{number:05d}", "".join(lines[:600])
+        for i in range(160 if filler < 0.8 else 640):
+            lines.append(FILLER[i % 4] if rng.random() < filler else line(*rng.choice(known)))
+        yield f"builtin:recall/{number:05d}", "".join(lines)

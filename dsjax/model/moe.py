@@ -33,12 +33,12 @@ class MoeAux:
 
     Attributes:
         load_E: int32 tokens each expert received; padding sends none.
-        balance: float32 scalar, the balance statistic summed over rows (without alpha).
+        balance: float32 scalars, the balance statistics summed over rows (without their weights).
         routing_BTK: uint16 chosen experts.
     """
 
     load_E: Array
-    balance: Array
+    balance: router.Balance
     routing_BTK: Array
 
 
@@ -143,10 +143,12 @@ class MixtureOfExperts(nnx.Module):
         y_BTD = y_UD.reshape(b, t, d)
         if config.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
+        expert_BTK = expert_UK.reshape(b, t, -1)
+        balance = router.balance_loss(scores_BTE, expert_BTK, real_BT, config)
         aux = MoeAux(
             load_E=load_E,
-            balance=router.balance_loss(scores_BTE, real_BT, config).sum(),
-            routing_BTK=expert_UK.reshape(b, t, -1).astype(jnp.uint16),
+            balance=jax.tree.map(jnp.sum, balance),
+            routing_BTK=expert_BTK.astype(jnp.uint16),
         )
         return y_BTD, aux
 

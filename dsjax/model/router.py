@@ -6,6 +6,8 @@ Source: DeepSeek-V3 report, section 2.1.2; DeepSeek-V2 report, 2.2.
 B sequences, T positions, U tokens, E experts, K experts a token, J expert groups.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -73,28 +75,68 @@ def gates(
     return gates_UK * config.gate_scale
 
 
+class Balance(NamedTuple):
+    """Balance statistics without their weights, each 1 for an even router.
+
+    Separate arrays, so that what no loss weighs is never computed: a scan over layers drops the
+    outputs that nobody reads, but keeps all of a stacked one.
+
+    Attributes:
+        expert: sum_e f_e P_e (V2, equation 23; V3, equation 17).
+        device: over groups, sum_j f'_j P'_j (V2, equation 26).
+        communication: over groups, sum_j f''_j P''_j (V2, equation 29).
+    """
+
+    expert: Array
+    device: Array
+    communication: Array
+
+
 @jax.named_scope("balance")
 def balance_loss(
-    scores_BTE: Float[Array, "B T E"], real_BT: Bool[Array, "B T"], config: MoeConfig
-) -> Float[Array, " B"]:
-    """Sequence-wise balance statistic of each row, without its weight alpha.
+    scores_BTE: Float[Array, "B T E"],
+    expert_BTK: Int[Array, "B T K"],
+    real_BT: Bool[Array, "B T"],
+    config: MoeConfig,
+) -> Balance:
+    """Sequence-wise balance statistics of each row; the groups of the router are V2's devices.
 
-    Source: V3 report, equations 17-20: sum_e f_e P_e with f_e = E / (K T) * tokens that have e
-    among the K best of s itself (no bias, no groups), P_e = mean of s_e / sum s. 1 for an even
-    router. Padding counts in neither.
+    Source: V2 report, equations 23-31; V3 report, equations 17-20. With H_t the experts that count
+    for token t (`balance_counts`) and means over a row's tokens: P_e = mean of s_e / sum s,
+    f_e = E / K * mean of [e in H_t]; P'_j = P''_j = the sum of P_e over group j, f'_j = the mean
+    of f_e over it, f''_j = J / groups_per_token * mean of [group j holds one of H_t]. Padding
+    counts in none.
+
+    Args:
+        scores_BTE: affinities.
+        expert_BTK: the selected experts.
+        real_BT: false for padding.
+        config: sizes, and what counts.
 
     Returns:
-        float32 [B]; 0 for a row of nothing but padding. The gradient flows through P alone.
+        float32 [B] each; 0 for a row of nothing but padding. The gradient flows through P alone.
     """
     num_experts, per_token = config.num_experts, config.num_experts_per_token
+    num_groups, groups_per_token = config.num_groups, config.groups_per_token
     real_BT1 = real_BT[..., None].astype(jnp.float32)
     tokens_B1 = jnp.maximum(real_BT1.sum(axis=1), 1.0)
-    best_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), per_token)[1]
-    hit_BTE = (best_BTK[..., None] == jnp.arange(num_experts)).any(axis=2)
+    counted_BTK = expert_BTK
+    if config.balance_counts == "best_scores":
+        counted_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), per_token)[1]
+    hit_BTE = (counted_BTK[..., None] == jnp.arange(num_experts)).any(axis=2)
     frequency_BE = jnp.sum(hit_BTE * real_BT1, axis=1) * num_experts / (per_token * tokens_B1)
+    # V2 has s itself in P: its softmax sums to 1 already.
     share_BTE = scores_BTE / (scores_BTE.sum(axis=-1, keepdims=True) + 1e-20)
     probability_BE = jnp.sum(share_BTE * real_BT1, axis=1) / tokens_B1
-    return jnp.sum(frequency_BE * probability_BE, axis=-1)
+    expert_B = jnp.sum(frequency_BE * probability_BE, axis=-1)
+    with jax.named_scope("groups"):
+        probability_BJ = probability_BE.reshape(-1, num_groups, num_experts // num_groups).sum(-1)
+        frequency_BJ = frequency_BE.reshape(-1, num_groups, num_experts // num_groups).mean(-1)
+        sent_BTJ = hit_BTE.reshape(*real_BT.shape, num_groups, -1).any(axis=-1)
+        sent_BJ = jnp.sum(sent_BTJ * real_BT1, axis=1) * num_groups / (groups_per_token * tokens_B1)
+        device_B = jnp.sum(frequency_BJ * probability_BJ, axis=-1)
+        communication_B = jnp.sum(sent_BJ * probability_BJ, axis=-1)
+    return Balance(expert_B, device_B, communication_B)
 
 
 def update_bias(

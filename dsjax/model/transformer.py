@@ -22,6 +22,7 @@ from dsjax.model.cache import Cache
 from dsjax.model.layers import norm_scale, rms_norm, weight
 from dsjax.model.moe import ExpertStack
 from dsjax.model.mtp import MtpModule
+from dsjax.model.router import Balance
 from dsjax.precision import Precision
 from sharding.init import stack
 from sharding.rules import AxisRules
@@ -41,12 +42,12 @@ class Aux:
 
     Attributes:
         load: int32 [L, E] tokens of each expert.
-        balance: float32 [L], the sequence-wise balance statistic summed over rows, without alpha.
+        balance: float32 [L] each, the balance statistics summed over rows, without their weights.
         routing: uint16 [L, B, T, K] chosen experts.
     """
 
     load: dict[str, Array]
-    balance: dict[str, Array]
+    balance: dict[str, Balance]
     routing: dict[str, Array]
 
     def __or__(self, other: "Aux") -> "Aux":

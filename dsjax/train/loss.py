@@ -1,4 +1,4 @@
-"""Losses over packed batches: next-token cross entropy in chunks, MTP, sequence-wise balance.
+"""Losses over packed batches: next-token cross entropy in chunks, MTP, sequence-wise balances.
 
 Knows nothing about optimizers or micro-batches: denominators come from the whole batch, so
 micro-batches and devices only sum.
@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import Config, ScheduleConfig
 from dsjax.model.mtp import depth_segments
-from dsjax.model.transformer import Transformer
+from dsjax.model.router import Balance
+from dsjax.model.transformer import Aux, Transformer
 from dsjax.precision import Precision
 from dsjax.train.schedule import value_at
 
@@ -61,14 +62,16 @@ class LossAux:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainLoss:
-    """Cross entropy of the next token, plus lambda * MTP, plus alpha * balance.
+    """Cross entropy of the next token, plus lambda * MTP, plus each alpha * its balance.
 
-    Source: V3 report, equations 17-20 (balance) and 24-25 (MTP).
+    Source: V3 report, equations 17-20 (balance) and 24-25 (MTP); V2 report, 23-31 (its balances).
     """
 
     mtp_depth: int
     mtp_scale: ScheduleConfig
     balance_weight: float
+    device_balance_weight: float = 0.0
+    communication_balance_weight: float = 0.0
 
     @classmethod
     def of(cls, config: Config) -> "PretrainLoss":
@@ -77,6 +80,8 @@ class PretrainLoss:
             mtp_depth=config.model.mtp.depth if config.model.mtp else 0,
             mtp_scale=config.train.mtp_loss_weight,
             balance_weight=config.train.balance_loss_weight,
+            device_balance_weight=config.train.device_balance_loss_weight,
+            communication_balance_weight=config.train.communication_balance_loss_weight,
         )
 
     def totals(self, batch: Mapping[str, Array | np.ndarray], progress: float) -> Totals:
@@ -110,13 +115,14 @@ class PretrainLoss:
 
         Returns:
             (scalar to differentiate; metrics `loss`, `loss_mtp`, `loss_balance`, `loss_total` in
-            nats a token, the first three before their weights; expert loads by stack).
+            nats a token, the first three before their weights, and where they have a weight
+            `loss_balance_device` and `loss_balance_communication`; expert loads by stack).
         """
         segments_BT, positions_BT = batch["segments_BT"], batch["positions_BT"]
         targets_BT, weights_BT = batch["targets_BT"], batch["weights_BT"]
         output = model(batch["tokens_BT"], positions_BT=positions_BT, segments_BT=segments_BT)
         loss = _mean_cross_entropy(model, output.hidden_BTD, targets_BT, weights_BT, totals.weight)
-        balance = _sum(output.aux.balance) / totals.rows
+        balance = _balance(output.aux, totals.rows)
         load = dict(output.aux.load)
         hidden_BTD, loss_mtp, mtp_load = output.hidden_BTD, jnp.float32(0.0), []
         for k in range(self.mtp_depth):
@@ -134,12 +140,24 @@ class PretrainLoss:
                 _mtp_weights(weights_BT, k),
                 totals.mtp_weight[k] * self.mtp_depth,
             )
-            balance = balance + _sum(aux.balance) / totals.mtp_rows[k]
+            balance = jax.tree.map(jnp.add, balance, _balance(aux, totals.mtp_rows[k]))
             mtp_load += list(aux.load.values())
         if mtp_load:
             load["mtp"] = jnp.concatenate(mtp_load)
-        total = loss + totals.mtp_scale * loss_mtp + self.balance_weight * balance
-        metrics = {"loss": loss, "loss_balance": balance, "loss_total": total}
+        total = loss + totals.mtp_scale * loss_mtp + self.balance_weight * balance.expert
+        metrics = {"loss": loss, "loss_balance": balance.expert}
+        for name, weight, value in (
+            ("loss_balance_device", self.device_balance_weight, balance.device),
+            (
+                "loss_balance_communication",
+                self.communication_balance_weight,
+                balance.communication,
+            ),
+        ):
+            if weight > 0:
+                total = total + weight * value
+                metrics[name] = value
+        metrics["loss_total"] = total
         if self.mtp_depth:
             metrics["loss_mtp"] = loss_mtp
         return total, LossAux(metrics, load)
@@ -168,8 +186,14 @@ def _mtp_weights(weights_BT, depth: int):
     return kept_BT
 
 
-def _sum(by_stack: dict[str, Array]) -> Array:
-    return sum((values.sum() for values in by_stack.values()), jnp.float32(0.0))
+def _balance(aux: Aux, rows) -> Balance:
+    """Means over rows, summed over the layers of all stacks."""
+
+    def mean(name):
+        told = (getattr(balance, name).sum() for balance in aux.balance.values())
+        return sum(told, jnp.float32(0.0)) / rows
+
+    return Balance(*map(mean, Balance._fields))
 
 
 def _mean_cross_entropy(model, hidden_BTD, targets_BT, weights_BT, denominator):

@@ -111,9 +111,7 @@ def without_yarn(model: ModelConfig) -> ModelConfig:
 
     def plain(block):
         rope = dataclasses.replace(block.attention.rope, yarn=None)
-        return dataclasses.replace(
-            block, attention=dataclasses.replace(block.attention, rope=rope)
-        )
+        return dataclasses.replace(block, attention=dataclasses.replace(block.attention, rope=rope))
 
     stacks = tuple(
         dataclasses.replace(stack, blocks=tuple(map(plain, stack.blocks))) for stack in model.stacks

@@ -26,11 +26,12 @@ class TrainState:
     """Everything a step changes.
 
     Attributes:
-        step: int32, optimizer steps taken.
+        step: int32, steps of the run, skipped ones included.
         params: what gradients train.
         bias: {stack: float32 [L, E]} balancing biases, which they do not.
         opt: the optimizer's state.
-        extra: counts and averages that belong to the run and not to the model.
+        extra: int32 `skipped` and `skipped_in_a_row`, steps that were not finite; `ema`, float32
+            moving averages in the tree of the parameters, where the run keeps them.
     """
 
     step: jax.Array
@@ -40,16 +41,51 @@ class TrainState:
     extra: Any
 
 
-def create(
-    config: Config, key: PRNGKeyArray, rules: AxisRules
-) -> tuple[nnx.GraphDef, TrainState, optax.GradientTransformationExtraArgs]:
-    """Makes a run's first state.
+def blueprint(
+    config: Config, rules: AxisRules
+) -> tuple[nnx.GraphDef, optax.GradientTransformationExtraArgs]:
+    """The model's blueprint and the optimizer of a configuration; makes no array."""
+    model = jax.eval_shape(build(config, rules), jax.random.key(0))
+    return split(model)[0], adamw(config.train.optimizer, decays(model))
 
-    Returns:
-        (graphdef, state, the optimizer whose state it holds).
+
+def create(config: Config, key: PRNGKeyArray, rules: AxisRules) -> TrainState:
+    """Makes a run's first state, committed to its devices as a restored one is.
+
+    The same programs then serve both.
     """
-    make = build(config, rules)
-    optimizer = adamw(config.train.optimizer, decays(jax.eval_shape(make, key)))
-    graphdef, params, bias = split(init(make, key, rules))
-    opt = jax.jit(optimizer.init)(params)
-    return graphdef, TrainState(jnp.zeros((), jnp.int32), params, bias, opt, {}), optimizer
+    _, optimizer = blueprint(config, rules)
+    _, params, bias = split(init(build(config, rules), key, rules))
+    return fresh_state(config, params, bias, jax.jit(optimizer.init)(params))
+
+
+def fresh_state(config: Config, params: Any, bias: Any, opt: Any) -> TrainState:
+    """The state of a run that begins with these weights."""
+    state = _first(config, params, bias, opt)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
+
+
+def abstract_state(config: Config, rules: AxisRules) -> TrainState:
+    """Shapes, dtypes and shardings of `create`'s state, to read a saved one into."""
+    _, optimizer = blueprint(config, rules)
+    model = jax.eval_shape(build(config, rules), jax.random.key(0))
+    _, params, bias = split(model)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def placed(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def first(params, bias):
+        return _first(config, params, bias, optimizer.init(params))
+
+    return jax.tree.map(placed, jax.eval_shape(first, params, bias))
+
+
+def _first(config: Config, params: Any, bias: Any, opt: Any) -> TrainState:
+    extra: dict[str, Any] = {
+        "skipped": jnp.zeros((), jnp.int32),
+        "skipped_in_a_row": jnp.zeros((), jnp.int32),
+    }
+    if config.train.ema_decay is not None:  # copies: steps donate what they are given
+        extra["ema"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, bias, opt, extra)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsjax.config import ScheduleConfig
 from dsjax.model.router import health, update_bias
@@ -87,14 +87,18 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     bias_speed: ScheduleConfig,
+    ema_decay: float | None = None,
 ) -> TrainStep:
     """Builds the two programs.
+
+    A step whose loss or gradient is not finite changes nothing but the counts in `extra`.
 
     Args:
         graphdef: the model's blueprint.
         loss: what to minimise.
         optimizer: its `update` takes `progress`.
         bias_speed: gamma of the balancing bias.
+        ema_decay: of the moving average of the weights, where the state has one.
     """
 
     @jax.jit  # of its own, so that `zero` and `accumulate` share one trace
@@ -123,11 +127,26 @@ def make_train_step(
         speed = value_at(bias_speed, progress)
         bias = {key: update_bias(bias_LE, load[key], speed) for key, bias_LE in state.bias.items()}
         metrics = sums["metrics"] | _norms(grads, params, updates)
+        finite = jnp.isfinite(metrics["loss_total"]) & jnp.isfinite(metrics["grad_norm"])
+        # A choice a leaf, which XLA fuses into the update: no second pass over the state.
+        params, bias, opt = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, bias, opt),
+            (state.params, state.bias, state.opt),
+        )
+        extra = {
+            "skipped": state.extra["skipped"] + ~finite,
+            "skipped_in_a_row": jnp.where(finite, 0, state.extra["skipped_in_a_row"] + 1),
+        }
+        if ema_decay is not None:
+            extra["ema"] = update_ema(state.extra["ema"], params, state.step + 1, ema_decay)
+        metrics |= {"skipped_steps": extra["skipped"]}
         metrics |= {f"load/{key}": load_LE for key, load_LE in load.items()}
+        metrics |= {f"bias/{key}": bias_LE for key, bias_LE in bias.items()}
         for key, load_LE in load.items():
             for sign, value_L in health(load_LE, bias.get(key)).items():
                 metrics[f"router/{key}/{sign}"] = value_L
-        return TrainState(state.step + 1, params, bias, opt, state.extra), metrics
+        return TrainState(state.step + 1, params, bias, opt, extra), metrics
 
     return TrainStep(
         loss=loss,
@@ -135,6 +154,21 @@ def make_train_step(
         accumulate=jax.jit(accumulate, donate_argnames="sums"),
         apply=jax.jit(apply, donate_argnames="state"),
     )
+
+
+def update_ema(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
+    """Moves an average of the weights towards them (V3 report, 3.2.3).
+
+    Args:
+        ema: float32, in the tree of the parameters.
+        params: the weights after the step.
+        step: steps taken, this one included. Early on the average is over a tenth of them, so that
+            it does not remember the random start.
+        decay: what it keeps in the long run.
+    """
+    count = step.astype(jnp.float32)
+    kept = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+    return jax.tree.map(lambda e, p: e + (1.0 - kept) * (p.astype(jnp.float32) - e), ema, params)
 
 
 def _norms(grads: Any, params: Any, updates: Any) -> dict[str, Float[Array, ""]]:

@@ -30,10 +30,10 @@ from dsjax.model.layers import SwiGlu
 from dsjax.model.mla import MultiHeadLatentAttention
 from dsjax.model.moe import MixtureOfExperts
 from dsjax.model.rope import rotation
-from dsjax.plan.flops import train_flops_per_token
 from dsjax.precision import Precision
+from dsjax.train.flops import train_flops_per_token
 from dsjax.train.loss import PretrainLoss, cross_entropy
-from dsjax.train.state import create
+from dsjax.train.state import blueprint, create
 from dsjax.train.step import make_train_step
 from sharding.dispatch import Plan
 from sharding.rules import AxisRules
@@ -151,7 +151,8 @@ def random_batch(config: Config, seed: int) -> dict[str, np.ndarray]:
 
 def _train_iteration(config: Config, seed: int) -> Callable[[], float]:
     """A warm step: forward, backward, clipping, AdamW, bias update; returns its seconds."""
-    graphdef, state, optimizer = create(config, jax.random.key(seed), AxisRules())
+    graphdef, optimizer = blueprint(config, AxisRules())
+    state = create(config, jax.random.key(seed), AxisRules())
     step = make_train_step(
         graphdef, PretrainLoss.of(config), optimizer, bias_speed=config.train.bias_speed
     )
@@ -337,7 +338,8 @@ def _compile(config: Config, seed: int) -> dict:
         last = dataclasses.replace(stacks[-1], repeats=layers - first)
         model = dataclasses.replace(config.model, stacks=(*stacks[:-1], last))
         deep = dataclasses.replace(config, model=model)
-        graphdef, state, optimizer = create(deep, jax.random.key(0), AxisRules())
+        graphdef, optimizer = blueprint(deep, AxisRules())
+        state = create(deep, jax.random.key(0), AxisRules())
         loss = PretrainLoss.of(deep)
         step = make_train_step(graphdef, loss, optimizer, bias_speed=deep.train.bias_speed)
         batch = random_batch(deep, 0)

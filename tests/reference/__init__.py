@@ -24,6 +24,7 @@ Settings are any objects with these fields (SimpleNamespace, or dsjax.config's o
                 mscale_all_dim)
     moe         num_experts_per_token num_groups groups_per_token score ("sigmoid" is V3's router,
                 "softmax" V2's) gate_scale normalize_gates (V3 True, V2 False)
+                balance_counts ("best_scores" V3's, "selected" V2's)
 
 Segment 0 is padding. Values at padding positions mean nothing: compare real positions only. The
 choice of experts is ordered by falling score; compare choices as sets (`router.dense_gates`).

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from .layers import swiglu
-from .router import balance_loss, expert_load, route_v2, route_v3
+from .router import expert_load, route_v2, route_v3, top_k, v2_balance_losses
 
 
 def route(logits_UE, weights, moe):
@@ -27,13 +27,29 @@ def route(logits_UE, weights, moe):
     return route_v2(logits_UE, **sizes)
 
 
+def balances(scores_BTE, expert_BTK, moe, segments_BT):
+    """The three balance losses, with the experts and the scores that the model's report counts.
+
+    Source: V2 eq. 23-31, with the selected experts and s; V3 eq. 17-20, with the top K of s itself
+    (no bias, no groups) and s over its sum.
+    """
+    if moe.balance_counts == "best_scores":
+        k = moe.num_experts_per_token
+        expert_BTK = np.array([[top_k(s_E, k) for s_E in s_TE] for s_TE in scores_BTE])
+    if moe.score == "sigmoid":
+        scores_BTE = scores_BTE / np.sum(scores_BTE, axis=-1, keepdims=True)
+    sizes = {"num_groups": moe.num_groups, "groups_per_token": moe.groups_per_token}
+    return v2_balance_losses(scores_BTE, expert_BTK, segments_BT, **sizes)
+
+
 def moe_layer(x_BTD, weights, moe, *, segments_BT):
     """Shared experts of x, plus each chosen expert of x times its gate (no residual here).
 
     Source: V3 eq. 12. Padding is computed too, and counts nowhere.
 
     Returns:
-        (out_BTD, aux: load_E int, balance (alpha 1), gates_BTK, expert_BTK, scores_BTE).
+        (out_BTD, aux: load_E int, balance (every alpha 1: expert, device, communication),
+        gates_BTK, expert_BTK, scores_BTE).
     """
     batch, length, width = x_BTD.shape
     x_UD = x_BTD.reshape(batch * length, width)
@@ -50,9 +66,7 @@ def moe_layer(x_BTD, weights, moe, *, segments_BT):
     scores_BTE = scores_UE.reshape(batch, length, num_experts)
     aux = SimpleNamespace(
         load_E=expert_load(expert_UK, np.reshape(segments_BT, -1), num_experts),
-        balance=balance_loss(
-            scores_BTE, segments_BT, experts_per_token=moe.num_experts_per_token, alpha=1.0
-        ),
+        balance=balances(scores_BTE, expert_UK.reshape(batch, length, -1), moe, segments_BT),
         gates_BTK=gates_UK.reshape(batch, length, -1),
         expert_BTK=expert_UK.reshape(batch, length, -1),
         scores_BTE=scores_BTE,

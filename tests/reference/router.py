@@ -1,7 +1,9 @@
-"""Routers of V3 and V2, loads, the sequence-wise balance loss, and the bias update.
+"""Routers of V3 and V2, loads, the balance losses of both, and the bias update.
 
-Source: V3 section 2.1.2 (eq. 12-20), V2 section 2.2 (eq. 20-22).
+Source: V3 section 2.1.2 (eq. 12-20), V2 section 2.2 (eq. 20-31).
 """
+
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -143,6 +145,46 @@ def balance_loss(scores_BTE, segments_BT, *, experts_per_token, alpha):
         p_E = share_E / len(real)
         per_row.append(np.sum(f_E * p_E))
     return alpha * float(np.mean(per_row)) if per_row else 0.0
+
+
+def v2_balance_losses(scores_BTE, expert_BTK, segments_BT, *, num_groups, groups_per_token):
+    """V2's three losses with every alpha 1, mean over rows that hold a real token.
+
+    Source: V2 eq. 23-25 (expert), 26-28 (device), 29-31 (communication); the groups of the
+    device-limited router are the devices, M is `groups_per_token`, T a row's real tokens.
+
+    Args:
+        scores_BTE: s, used in P as it is.
+        expert_BTK: the experts that each token counts for.
+        segments_BT: 0 is padding.
+        num_groups: the paper's D.
+        groups_per_token: the paper's M.
+
+    Returns:
+        expert, device, communication.
+    """
+    num_experts, per_token = scores_BTE.shape[-1], expert_BTK.shape[-1]
+    size = num_experts // num_groups
+    expert, device, communication = [], [], []
+    for scores_TE, expert_TK, segments_T in zip(scores_BTE, expert_BTK, segments_BT, strict=True):
+        real = [t for t in range(len(segments_T)) if segments_T[t] != 0]
+        if not real:
+            continue
+        f_E, p_E, sent_J = np.zeros(num_experts), np.zeros(num_experts), np.zeros(num_groups)
+        for t in real:
+            for e in range(num_experts):
+                f_E[e] += num_experts / (per_token * len(real)) * (e in expert_TK[t])
+                p_E[e] += scores_TE[t, e] / len(real)
+            for j in {e // size for e in expert_TK[t]}:
+                sent_J[j] += num_groups / (groups_per_token * len(real))
+        members = [range(j * size, (j + 1) * size) for j in range(num_groups)]
+        p_J = [sum(p_E[e] for e in group) for group in members]
+        f_J = [sum(f_E[e] for e in group) / size for group in members]
+        expert.append(sum(f_E[e] * p_E[e] for e in range(num_experts)))
+        device.append(sum(f_J[j] * p_J[j] for j in range(num_groups)))
+        communication.append(sum(sent_J[j] * p_J[j] for j in range(num_groups)))
+    means = [float(np.mean(rows)) if rows else 0.0 for rows in (expert, device, communication)]
+    return SimpleNamespace(expert=means[0], device=means[1], communication=means[2])
 
 
 def update_bias(bias_E, load_E, gamma):

@@ -51,15 +51,15 @@ def forward(params, tokens_BT, *, attention, moe, norm_eps, positions_BT=None, s
     )
 
 
-def losses(params, output, targets_BT, weights_BT, *, mtp_weight=0.0, balance_weight=0.0):
+def losses(params, output, targets_BT, weights_BT, *, mtp_weight=0.0, balance_weights=(0, 0, 0)):
     """The main, MTP and balance losses of one whole batch, and their sum.
 
-    Source: V3 section 2 (main), eq. 17-20 (balance), eq. 21-25 (MTP).
+    Source: V3 section 2 (main), eq. 17-20 (balance), eq. 21-25 (MTP); V2 eq. 23-31 (balance).
 
     Returns:
         main: sum of weight * CE over the sum of weights; mtp: lambda times the mean over depths;
-        balance: alpha times the sum over MoE layers, MTP's among them; total: the sum; mtp_depths:
-        each depth's mean CE.
+        balance: the expert, device and communication losses, each alpha times the sum over MoE
+        layers, MTP's among them; total: the sum; mtp_depths: each depth's mean CE.
     """
     params = _to_float64(params)
     total, weight_sum = 0.0, 0.0
@@ -76,10 +76,12 @@ def losses(params, output, targets_BT, weights_BT, *, mtp_weight=0.0, balance_we
             output.mtp, targets_BT, weights_BT, params["head_DV"], mtp_weight=mtp_weight
         )
     routed = [aux for aux in [*output.aux, *(m.aux for m in output.mtp)] if aux is not None]
-    balance = balance_weight * sum(aux.balance for aux in routed)
-    return SimpleNamespace(
-        main=main, mtp=mtp, balance=balance, total=main + mtp + balance, mtp_depths=mtp_depths
-    )
+    balance = [
+        alpha * sum(getattr(aux.balance, level) for aux in routed)
+        for alpha, level in zip(balance_weights, ("expert", "device", "communication"), strict=True)
+    ]
+    total = main + mtp + sum(balance)
+    return SimpleNamespace(main=main, mtp=mtp, balance=balance, total=total, mtp_depths=mtp_depths)
 
 
 def _to_float64(tree):
