@@ -21,6 +21,7 @@ from dsjax.config import (
     PrecisionConfig,
     RopeConfig,
     ScheduleConfig,
+    SourceConfig,
     StackConfig,
     SwiGluConfig,
     TrainConfig,
@@ -359,6 +360,46 @@ def tiny() -> Config:
     )
 
 
+def tiny_context() -> Config:
+    """Longer contexts in small: names and codes found again at 8 times the first length.
+
+    Two layers with mostly rotary keys, 128 tokens without YaRN, then 1,024 with it.
+    """
+    attention = MlaConfig(
+        num_heads=4,
+        q_latent_dim=None,
+        kv_latent_dim=64,
+        nope_dim=8,
+        rope_dim=32,
+        value_dim=32,
+        rope=RopeConfig(yarn=YarnConfig(factor=8.0, original_max_positions=128)),
+    )
+    moe = MoeConfig(num_experts=4, num_experts_per_token=2, expert_dim=96, gate_scale=2.5)
+    return Config(
+        model=ModelConfig(
+            vocab_size=512,
+            embed_dim=96,
+            stacks=_dense_then_experts(
+                attention, dense_layers=1, dense_dim=256, moe_layers=1, moe=moe
+            ),
+            init_std=0.06,
+            max_positions=8192,
+        ),
+        train=TrainConfig(
+            seq_len=128,
+            batch_size=16,
+            total_tokens=800 * 16 * 128,
+            yarn=False,
+            context_stages=(
+                ContextStageConfig(seq_len=1024, batch_size=2, steps=100, learning_rate=1e-3),
+            ),
+            optimizer=OptimizerConfig(learning_rate=3e-3, schedule=v3_learning_rate(warmup=0.05)),
+            bias_speed=v3_bias_speed(),
+        ),
+        data=DataConfig(sources=(SourceConfig(path="builtin:recall"),), held_out_fraction=0.02),
+    )
+
+
 def v3_20m() -> Config:
     """The benchmark's shape: 20M parameters, every part of V3 but MTP and YaRN."""
     attention = MlaConfig(
@@ -429,7 +470,10 @@ def small() -> Config:
 
 def presets() -> dict[str, Callable[[], Config]]:
     """Every preset by name."""
-    known = (deepseek_v2_lite, deepseek_v2, deepseek_v3, nano, tiny, v3_20m, small)
+    known = (
+        *(deepseek_v2_lite, deepseek_v2, deepseek_v3),
+        *(nano, tiny, tiny_context, v3_20m, small),
+    )
     return {make.__name__: make for make in known}
 
 

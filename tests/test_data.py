@@ -754,6 +754,8 @@ def test_held_out_documents_are_never_transformed(folder, tokenizer):
         )
         assert_same(plain.held_out, moved.held_out)
         assert plain.held_out_bytes == moved.held_out_bytes
+        tokens = np.concatenate([batch["tokens_BT"] for batch in moved.held_out])
+        assert not np.isin(tokenizer.fim, tokens).any()
         begins = [np.isin(tokenizer.fim[1], next(c.train)["tokens_BT"]) for c in (plain, moved)]
         assert begins == [False, True]
 

@@ -3,6 +3,7 @@
 Knows nothing about how a model was made: it asks for scores of token ids.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 
@@ -23,8 +24,8 @@ def needle_accuracy(
 ) -> dict[float, float]:
     """Share of facts whose code the best-scored tokens give back.
 
-    A haystack is a list of facts (`dsjax.data.recall`), each stated once, that together with the
-    question fills `length` tokens; the question is a name from it.
+    A haystack is filler with one fact in it (`dsjax.data.recall`) that together with the question,
+    the fact's name, fills `length` tokens.
 
     Args:
         logits: int32 [B, T] ids -> float32 [B, T, V].
@@ -36,6 +37,9 @@ def needle_accuracy(
 
     Returns:
         {depth: share in [0, 1]}.
+
+    Raises:
+        ValueError: if `length` is too short for a fact and its question.
     """
     found = {}
     for depth in depths:
@@ -57,25 +61,24 @@ def _haystack(
     tokenizer: Tokenizer, length: int, depth: float, rng: random.Random
 ) -> tuple[list[int], int]:
     """(exactly `length` ids that end with the answer, how many ids the answer has)."""
-    known = recall.facts(rng, len(recall.NAMES))
-    lines = [tokenizer.encode(recall.line(*fact)) for fact in known]
-    # The question takes one line's room; a haystack with more names than there are states anew.
-    fits = max(2, (length - len(lines[0])) // max(map(len, lines)))
-    stated = [i % len(known) for i in range(fits)]
-    place = round(depth * (fits - 1))
-    asked = stated[place]
-    name, code = known[asked]
+    ((name, code),) = recall.facts(rng, 1)
+    needle = tokenizer.encode(recall.line(name, code))
     question = tokenizer.encode(name)
     answer = tokenizer.encode(recall.line(name, code).removesuffix("\n"))[len(question) :]
-    body: list[int] = []
-    for i in stated[:place] + stated[place + 1 :]:
-        if i != asked:
-            body += lines[i]
-    room = length - len(lines[asked]) - len(question) - len(answer)
-    body = (body * 2)[:0] + body
-    # Facts are cut off at the far end, so that the length is exact; the needle keeps its depth.
-    body = body[-room:] if len(body) >= room else [tokenizer.pad_id] * (room - len(body)) + body
-    at = min(round(depth * room), room)
-    while 0 < at < room and body[at - 1] != lines[asked][-1]:
-        at += 1  # the needle stands between two lines
-    return body[:at] + lines[asked] + body[at:] + question + answer, len(answer)
+    room = length - len(needle) - len(question) - len(answer)
+    if room < 1:
+        raise ValueError(f"{length} tokens hold no haystack")
+    sentences = [tokenizer.encode(sentence) for sentence in recall.FILLER]
+    hay: list[int] = []
+    ends = [0]  # the needle stands between two sentences
+    for i in itertools.count(rng.randrange(len(sentences))):
+        hay += sentences[i % len(sentences)]
+        if len(hay) > room:
+            break
+        ends.append(len(hay))
+    at = min(ends, key=lambda end: abs(end - depth * room))
+    # Cut at its beginning, so that the question stands on a line of its own.
+    cut = len(hay) - room
+    hay = hay[cut:]
+    at = max(at - cut, 0)
+    return hay[:at] + needle + hay[at:] + question + answer, len(answer)
