@@ -226,9 +226,10 @@ class ModelConfig:
 class SourceConfig:
     """Where text comes from.
 
-    `path` is `builtin:python`, `builtin:shakespeare`, `builtin:recall`, or a glob of files, each
-    read by its name: `.jsonl` and `.jsonl.gz` (a document a line), `.parquet` (a row),
-    `.arrayrecord` (a record), anything else as UTF-8 text (a file).
+    `path` is `builtin:python` or `builtin:functions` (of the standard library),
+    `builtin:shakespeare`, `builtin:recall` (synthetic), or a glob of files, each read by its name:
+    `.jsonl` and `.jsonl.gz` (a document a line), `.parquet` (a row), `.arrayrecord` (a record),
+    anything else as UTF-8 text (a file).
     """
 
     path: str

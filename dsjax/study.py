@@ -134,8 +134,8 @@ def run_study(
             for wanted in study.measures:
                 if wanted in figures:
                     results[name][wanted].append(figures[wanted])
-            rows = read_metrics(workdir)
-            curves[name].append([(r["tokens"], r["eval_loss"]) for r in rows if "eval_loss" in r])
+            rows = [row for row in read_metrics(workdir) if "eval_loss" in row]
+            curves[name].append([(float(row["tokens"]), row["eval_loss"]) for row in rows])
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot_study(folder / "study.png", study.question, curves, results)
     return results

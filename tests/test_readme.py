@@ -11,7 +11,10 @@ from dsjax.presets import preset, presets
 from experiments import command, pretrain
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/notation.md", "docs/log.md")
+PAGES = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+    *("docs/notation.md", "docs/log.md", "docs/training.md"),
+)
 TOP = ("dsjax", "sharding", "pallas_kernels", "experiments", "tests")
 
 

@@ -4,6 +4,7 @@ Knows nothing about tokens, rows or models: it hands over named texts in an orde
 their names alone, and splits them by what they say.
 """
 
+import ast
 import functools
 import glob
 import hashlib
@@ -12,6 +13,8 @@ import itertools
 import os
 import re
 import sysconfig
+import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ from dsjax.data import recall
 from dsjax.data.files import File, normalised, open_file
 from dsjax.errors import InputError, nearest
 
-BUILTINS = ("builtin:python", "builtin:shakespeare", "builtin:recall")
+BUILTINS = ("builtin:python", "builtin:functions", "builtin:shakespeare", "builtin:recall")
 
 # Folders of the standard library that are not code somebody wrote to be read: test suites, bundled
 # applications, and generated tables (`encodings`, `pydoc_data`), whose files are near copies of
@@ -60,6 +63,8 @@ def source_files(source: SourceConfig) -> list[File]:
     """
     if source.path == "builtin:python":
         return list(_python_files())
+    if source.path == "builtin:functions":
+        return [_Functions(file) for file in _python_files()]
     if source.path == "builtin:shakespeare":
         return list(_plays())
     if source.path == "builtin:recall":
@@ -216,7 +221,50 @@ class _PythonFile:
         return self.document_name
 
 
-def _python_files() -> Iterator[File]:
+@dataclass(frozen=True)
+class _Functions:
+    """The functions and methods of a file of the standard library, a document each.
+
+    Short texts that are whole in themselves. A place is a function's first line, decorators aside.
+    """
+
+    file: "_PythonFile"
+    random_access = True
+
+    @property
+    def path(self) -> str:
+        return self.file.path
+
+    def documents(self) -> Iterator[tuple[int, str]]:
+        for _, text in self.file.documents():
+            lines = text.split("\n")  # as the parser counts them
+            for function in _functions(text):
+                here = lines[function.lineno - 1 : function.end_lineno]
+                yield function.lineno, textwrap.dedent("\n".join(here)) + "\n"
+
+    def read(self, place: int) -> str:
+        return next(text for line, text in self.documents() if line == place)
+
+    def name(self, place: int) -> str:
+        return f"builtin:functions{self.file.name(0).removeprefix('builtin:python')}:{place}"
+
+
+def _functions(text: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The outermost functions of a module and of its classes, in the order of their lines."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of old code that nobody runs here
+        left: list[ast.AST] = [ast.parse(text)]
+    found = []
+    while left:
+        for node in ast.iter_child_nodes(left.pop()):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                found.append(node)
+            else:
+                left.append(node)
+    return sorted(found, key=lambda node: node.lineno)
+
+
+def _python_files() -> Iterator["_PythonFile"]:
     """The standard library's source."""
     root = sysconfig.get_path("stdlib")
     found = []

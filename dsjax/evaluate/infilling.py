@@ -35,10 +35,8 @@ def infilling_loss(
         seed: of the cuts.
 
     Returns:
-        {"with_suffix": after prefix, suffix and sentinels; "prefix_only": after the prefix alone}.
-
-    Raises:
-        ValueError: if no document fits.
+        {"with_suffix": after prefix, suffix and sentinels; "prefix_only": after the prefix alone};
+        empty if no document fits.
     """
     cases: dict[str, list[tuple[list[int], int]]] = {"with_suffix": [], "prefix_only": []}
     for number, text in enumerate(texts):
@@ -53,11 +51,10 @@ def infilling_loss(
         cases["prefix_only"].append((prefix_ids + middle_ids, len(middle_ids)))
         if len(cases["with_suffix"]) == rows:
             break
-    if not cases["with_suffix"]:
-        raise ValueError(f"no document fits in {length} tokens")
     return {
         name: _mean_loss(logits, tokenizer.pad_id, listed, length, batch_size)
         for name, listed in cases.items()
+        if listed
     }
 
 
