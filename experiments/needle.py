@@ -43,7 +43,9 @@ def _body(values: flags.FlagValues) -> None:
             seed=values.seed,
         )
         by_depth = ", ".join(f"{depth:g}: {share:.2f}" for depth, share in found.items())
-        print(f"{length:>7} tokens: {statistics.fmean(found.values()):.3f} found (depth {by_depth})")
+        print(
+            f"{length:>7} tokens: {statistics.fmean(found.values()):.3f} found (depth {by_depth})"
+        )
 
 
 def main(argv: list[str]) -> int:

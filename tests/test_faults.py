@@ -130,8 +130,6 @@ def test_killed_at_20_random_moments_it_gives_the_unbroken_curve(unbroken, tmp_p
     assert len(set(reached)) > 5, reached
     finish(workdir, unbroken["text"])
     assert_same_run(workdir, unbroken["workdir"])
-    rows = read_metrics(workdir)
-    assert rows[-1]["wall_s"] > read_metrics(unbroken["workdir"])[-1]["wall_s"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

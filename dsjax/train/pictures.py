@@ -504,7 +504,12 @@ def _first(rows: list[dict], name: str) -> Any:
 
 def _unit(tokens: int) -> tuple[float, str]:
     """What to divide tokens by, and the axis's label."""
-    for scale, word in ((1e12, "trillion "), (1e9, "billion "), (1e6, "million ")):
+    for scale, word in (
+        (1e12, "trillion "),
+        (1e9, "billion "),
+        (1e6, "million "),
+        (1e3, "thousand "),
+    ):
         if tokens >= 1.5 * scale:
             return scale, f"{word}tokens"
     return 1.0, "tokens"
