@@ -263,7 +263,7 @@ class DataConfig:
     # Tokens are kept in files and rows drawn from them at random; or made as they are needed.
     tokenise: Literal["cached", "on_the_fly"] = "cached"
     cache_dir: str | None = free(None)  # None: dsjax/tokens in the user's cache folder
-    workers: int = 0  # processes that read ahead; 0 reads in the training process
+    workers: int = free(0)  # processes that read ahead; 0 reads in the training process
 
     def __post_init__(self):
         _positive(self, "max_bytes_per_source")
@@ -315,6 +315,14 @@ class ScheduleConfig:
         )
 
 
+def _check_schedule(where: str, schedule: ScheduleConfig) -> None:
+    values = [schedule.start, *(phase.value for phase in schedule.phases)]
+    _require(
+        all(math.isfinite(value) and value >= 0 for value in values),
+        f"{where} takes the values {values}; none may be negative",
+    )
+
+
 def constant(value: float) -> ScheduleConfig:
     """A schedule that never moves."""
     return ScheduleConfig(start=value, phases=(PhaseConfig(until=1.0, value=value),))
@@ -334,6 +342,7 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        _check_schedule("OptimizerConfig.schedule", self.schedule)
         for name in ("learning_rate", "eps", "clip_norm"):
             value = getattr(self, name)
             _require(
@@ -404,7 +413,7 @@ class TrainConfig:
     context_stages: tuple[ContextStageConfig, ...] = ()
     ema_decay: float | None = None  # of a moving average of the weights (V3 report 3.2.3)
     remat: Literal["none", "dots", "full"] = "none"
-    max_skipped_steps: int = 10  # steps in a row without a finite loss and gradient
+    max_skipped_steps: int = free(10)  # steps in a row without a finite loss and gradient
     eval_every_steps: int = 100
     eval_batches: int = 16  # held-out batches an evaluation; the final one takes them all
     save_every_steps: int = free(200)
@@ -432,6 +441,8 @@ class TrainConfig:
                 "TrainConfig.batch_ramp needs a micro_batch_size: the batch grows by whole ones",
             )
             _divides("TrainConfig.batch_ramp", ramp.start, self.micro_batch_size)
+        _check_schedule("TrainConfig.bias_speed", self.bias_speed)
+        _check_schedule("TrainConfig.mtp_loss_weight", self.mtp_loss_weight)
         lengths = [self.seq_len, *(stage.seq_len for stage in self.context_stages)]
         _require(
             lengths == sorted(lengths),

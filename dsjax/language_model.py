@@ -238,9 +238,7 @@ def load_pretrained(
         if (folder / HUGGING_FACE_FILE).is_file():
             raise InputError(f"{folder} is a Hugging Face folder; this version reads none yet")
         raise InputError(f"{folder} holds neither {CONFIG_FILE} (a run) nor {HUGGING_FACE_FILE}")
-    config = read_run(folder).config
-    for assignment in overrides:
-        config = override(config, assignment)
+    config = override(read_run(folder).config, *overrides)
     if ema and config.train.ema_decay is None:
         raise InputError(f"{folder} keeps no average of the weights (train.ema_decay is null)")
     _, params, bias = split(jax.eval_shape(build(config), jax.random.key(0)))

@@ -121,48 +121,55 @@ def _scalar_from_json(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def override(config: Config, assignment: str) -> Config:
-    """Applies one `dotted.path=value` to a configuration.
+def override(config: Config, *assignments: str) -> Config:
+    """Applies `dotted.path=value` assignments, in their order, and then checks the whole.
 
-    The path goes through fields, tuple indices and stack names
-    (`model.stacks.moe.blocks.0.ffn.num_experts=8`); the value is JSON, or a bare string where it
-    is not.
+    A path goes through fields, tuple indices and stack names
+    (`model.stacks.moe.blocks.0.ffn.num_experts=8`); a value is JSON, or a bare string where it is
+    not. Sizes need to go together only at the end.
 
     Raises:
         InputError: for a path that does not exist (with the nearest name), a value of another
             type, or sizes that do not go together.
     """
-    path, equals, text = assignment.partition("=")
-    if not equals:
-        raise InputError(f"'{assignment}' is not of the form path=value")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):  # a bare string, or a number or nesting without end
-        value = text
-    return _replace(config, type(config), path.strip().split("."), value, "")
+    tree = to_json(config)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"'{assignment}' is not of the form path=value")
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):  # a bare string, or a number or nesting without end
+            value = text
+        tree = _assigned(tree, type(config), path.strip().split("."), value, "")
+    return from_json(type(config), tree)
 
 
-def _replace(node: Any, kind: Any, path: list[str], value: Any, where: str) -> Any:
+def _assigned(tree: Any, kind: Any, path: list[str], value: Any, where: str) -> Any:
+    """`to_json`'s form with one value replaced; the value alone is checked."""
     if not path:
-        return from_json(kind, value, where)
+        return to_json(from_json(kind, value, where))
     head, rest = path[0], path[1:]
     here = f"{where}.{head}" if where else head
-    if dataclasses.is_dataclass(node):
-        hints = typing.get_type_hints(type(node))
+    if isinstance(tree, dict):
+        options = [kind, *typing.get_args(kind)]
+        kind = next(o for o in options if getattr(o, "__name__", None) == tree["kind"])
+        hints = typing.get_type_hints(kind)
         if head not in hints:
             raise InputError(f"unknown key '{here}'{nearest(head, hints)}")
-        return dataclasses.replace(
-            node, **{head: _replace(getattr(node, head), hints[head], rest, value, here)}
-        )
-    if isinstance(node, tuple):
-        names = {getattr(item, "name", str(i)): i for i, item in enumerate(node)}
-        names |= {str(i): i for i in range(len(node))}
+        return tree | {head: _assigned(tree[head], hints[head], rest, value, here)}
+    if isinstance(tree, list):
+        names = {
+            item["name"] if isinstance(item, dict) and "name" in item else str(i): i
+            for i, item in enumerate(tree)
+        }
+        names |= {str(i): i for i in range(len(tree))}
         if head not in names:
             raise InputError(f"unknown key '{here}'{nearest(head, names)}")
         index = names[head]
-        item = _replace(node[index], typing.get_args(kind)[0], rest, value, here)
-        return (*node[:index], item, *node[index + 1 :])
-    raise InputError(f"'{where}' is {node!r} and has no field '{head}'")
+        item = _assigned(tree[index], typing.get_args(kind)[0], rest, value, here)
+        return [*tree[:index], item, *tree[index + 1 :]]
+    raise InputError(f"'{where}' is {tree!r} and has no field '{head}'")
 
 
 def first_difference(a: Any, b: Any, where: str = "") -> str | None:

@@ -101,7 +101,7 @@ def study_named(name: str) -> Study:
 
 def run_study(
     study: Study, config: Config, folder: str | os.PathLike, *, seeds: int
-) -> dict[str, dict[str, list[float]]]:
+) -> dict[str, dict[str, list[float]]] | None:
     """Trains what is not trained yet, measures it, and writes `results.json` and `study.png`.
 
     Args:
@@ -111,34 +111,39 @@ def run_study(
         seeds: how many, from 0.
 
     Returns:
-        {variant: {measure: a value a seed}}.
+        {variant: {measure: a value a seed}}; None if a signal stopped it.
 
     Raises:
         InputError: as `pretrain`.
     """
     folder = Path(folder)
+    variants = {name: _variant(study, name, config) for name in study.variants}
     results: dict[str, dict[str, list[float]]] = {}
     curves: dict[str, list[list[tuple[float, float]]]] = {}
-    for name, overrides in study.variants.items():
-        changed = config
-        for assignment in (*study.common, *overrides):
-            changed = override(changed, assignment)
+    for name, changed in variants.items():
         results[name], curves[name] = {measure: [] for measure in study.measures}, []
         for seed in range(seeds):
             workdir = folder / f"{name.replace(' ', '_')}-{seed}"
             print(f"--- {name}, seed {seed}", file=sys.stderr)
-            result = pretrain(changed, workdir, seed=seed)
-            if result.stopped_by is not None:
-                raise KeyboardInterrupt(result.stopped_by)
+            if pretrain(changed, workdir, seed=seed).stopped_by is not None:
+                return None
             figures = measure(workdir)
             for wanted in study.measures:
                 if wanted in figures:
                     results[name][wanted].append(figures[wanted])
             rows = [row for row in read_metrics(workdir) if "eval_loss" in row]
             curves[name].append([(float(row["tokens"]), row["eval_loss"]) for row in rows])
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(results, indent=1) + "\n"
+            (folder / "results.json").write_text(text, encoding="utf-8")
     plot_study(folder / "study.png", study.question, curves, results)
     return results
+
+
+def _variant(study: Study, name: str, config: Config) -> Config:
+    assignments = [*study.common, *study.variants[name]]
+    if config.model.mtp is None:  # what is changed in it need not be
+        assignments = [a for a in assignments if not a.startswith("model.mtp.")]
+    return override(config, *assignments)
 
 
 def measure(workdir: str | os.PathLike) -> dict[str, float]:

@@ -29,7 +29,8 @@ def _body(values: flags.FlagValues) -> None:
     config = command.with_steps(config, values.steps)
     command.keep_compiled(f"{values.workdir}/compiled")
     print(study.question)
-    print(summary(run_study(study, config, values.workdir, seeds=values.seeds)))
+    results = run_study(study, config, values.workdir, seeds=values.seeds)
+    print("stopped; the same command goes on" if results is None else summary(results))
 
 
 def main(argv: list[str]) -> int:

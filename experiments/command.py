@@ -36,10 +36,7 @@ def configured(values: flags.FlagValues) -> Config:
     Raises:
         InputError: for an unknown preset or field, or a value that does not fit.
     """
-    config = preset(values.preset)
-    for assignment in values.set:
-        config = override(config, assignment)
-    return config
+    return override(preset(values.preset), *values.set)
 
 
 def with_steps(config: Config, steps: int) -> Config:
@@ -78,7 +75,7 @@ def run(
 
     Returns:
         0; after one line on stderr 2, where something given cannot be used, or 1, where work in
-        progress could not go on.
+        progress could not go on, or 130 where a person ended it before it had begun.
     """
     name = argv[0].rsplit("/", 1)[-1]
     try:
@@ -99,6 +96,9 @@ def run(
     except RunError as error:
         print(f"{name}: {_one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -57,7 +57,7 @@ def _body(values: flags.FlagValues) -> None:
     result = pretrain(
         config, values.workdir, seed=values.seed, init=values.init, age_s=process_age_s()
     )
-    if result.after is None:
+    if result.before is None or result.after is None:
         print(f"stopped by {result.stopped_by} at step {result.step}; the same command goes on")
         return
     for label, figures in (("before", result.before), ("after", result.after)):

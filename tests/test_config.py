@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.config import (
+    BatchRampConfig,
     BlockConfig,
     Config,
+    ContextStageConfig,
     DataConfig,
     MlaConfig,
     ModelConfig,
@@ -30,7 +32,7 @@ from dsjax.config import (
 )
 from dsjax.errors import InputError, nearest
 from dsjax.overrides import first_difference, from_json, override, to_json
-from dsjax.presets import deepseek_v3, nano, presets
+from dsjax.presets import deepseek_v3, nano, preset, presets
 
 MOE = "model.stacks.moe.blocks.0.ffn"
 MLA = "model.stacks.moe.blocks.0.attention"
@@ -138,7 +140,7 @@ def moe_configs(draw):
 def schedules(draw):
     ends = sorted(draw(st.sets(st.floats(1e-9, 1.0, exclude_max=True), max_size=4)))
     shapes = st.sampled_from(["constant", "linear", "cosine"])
-    values = st.floats(allow_nan=False, allow_infinity=False)
+    values = st.floats(min_value=0.0, allow_infinity=False)
     phases = [PhaseConfig(until=e, value=draw(values), shape=draw(shapes)) for e in [*ends, 1.0]]
     return ScheduleConfig(start=draw(values), phases=tuple(phases))
 
@@ -163,19 +165,37 @@ def configs(draw):
     )
     micro, count = draw(st.integers(1, 64)), draw(st.integers(1, 64))
     seq_len = draw(st.integers(2, 4096))
-    paths = st.builds(SourceConfig, path=st.text())
+    weights = st.none() if draw(st.booleans()) else positive
+    paths = st.builds(SourceConfig, path=st.text(), weight=weights)
+    whole = draw(st.integers(1, count)) * micro
+    ramp = st.builds(BatchRampConfig, start=st.just(whole), tokens=size)
+    max_positions = draw(st.integers(seq_len, 1 << 20))
+    lengths = sorted(draw(st.lists(st.integers(seq_len, max_positions), max_size=2)))
     return Config(
         model=ModelConfig(
             vocab_size=draw(size),
             embed_dim=draw(size),
             stacks=stacks,
             mtp=draw(st.none() | st.builds(MtpConfig, depth=st.integers(1, 4), block=blocks)),
-            max_positions=draw(st.integers(seq_len, 1 << 20)),
+            max_positions=max_positions,
         ),
         train=TrainConfig(
             seq_len=seq_len,
             batch_size=micro * count,
-            micro_batch_size=draw(st.sampled_from([None, micro])),
+            micro_batch_size=micro,
+            batch_ramp=draw(st.none() | ramp),
+            context_stages=tuple(
+                ContextStageConfig(
+                    seq_len=length,
+                    batch_size=draw(size),
+                    steps=draw(size),
+                    learning_rate=draw(positive),
+                    yarn=draw(st.booleans()),
+                )
+                for length in lengths
+            ),
+            ema_decay=draw(st.none() | st.floats(0.1, 0.99)),
+            profile_steps=tuple(draw(st.lists(size, max_size=3))),
             total_tokens=draw(size),
             optimizer=OptimizerConfig(learning_rate=draw(positive), schedule=draw(schedules())),
             bias_speed=draw(schedules()),
@@ -183,8 +203,27 @@ def configs(draw):
         data=DataConfig(
             sources=tuple(draw(st.lists(paths, min_size=1, max_size=3))),
             max_bytes_per_source=draw(st.none() | size),
+            fim_rate=draw(st.floats(0.0, 1.0)),
         ),
     )
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ("train.batch_size=12", "train.micro_batch_size=3"),
+        ("train.micro_batch_size=3", "train.batch_size=12"),
+        (
+            *('train.batch_ramp={"start": 3, "tokens": 9}', "train.batch_ramp.start=6"),
+            *("train.batch_size=12", "train.micro_batch_size=3"),
+        ),
+    ],
+)
+def test_overrides_need_to_go_together_only_at_the_end(assignments):
+    config = override(preset("small"), *assignments)
+    assert (config.train.batch_size, config.train.micro_batch_size) == (12, 3)
+    with pytest.raises(InputError, match="does not divide into micro-batches"):
+        override(preset("small"), *assignments[:1])
 
 
 # beartype looks at a random item of a list, and Hypothesis minds.

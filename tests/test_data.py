@@ -1,6 +1,7 @@
 """dsjax/data: what is read, how it is cut into rows, and that a run resumes where it stopped."""
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import gzip
@@ -1008,7 +1009,7 @@ def test_two_at_once_make_one_cache(folder, tokenizer, small_shards):
     assert not list((folder / "cache").rglob(".*"))
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "manifest"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "manifest", "sizes"])
 def test_damaged_shard_is_made_again(folder, tokenizer, small_shards, encoded, capfd, damage):
     first = drawn(open_at(data_of(folder), tokenizer), 30)
     before = sum(encoded)
@@ -1020,6 +1021,9 @@ def test_damaged_shard_is_made_again(folder, tokenizer, small_shards, encoded, c
         shard.write_bytes(data[:-3])
     elif damage == "delete":
         shard.unlink()
+    elif damage == "sizes":  # without which it promises nothing
+        (shard.parent / "manifest.json").write_text(f'{{"shards": [{{"file": "{shard.name}"}}]}}')
+        shard.unlink()
     else:
         (shard.parent / "manifest.json").write_text("{")
     assert_same(first, drawn(open_at(data_of(folder), tokenizer), 30))
@@ -1028,7 +1032,18 @@ def test_damaged_shard_is_made_again(folder, tokenizer, small_shards, encoded, c
         assert sum(encoded) == before
     else:
         assert 0 < sum(encoded) - before < before / 3
-        assert f"{str(shard)!r} are damaged" in capfd.readouterr().err
+        told = f"{str(shard)!r} are damaged" in capfd.readouterr().err
+        assert told == (damage != "sizes")
+
+
+def test_other_files_of_a_cache_are_passed_over(folder, tokenizer, small_shards, encoded):
+    first = drawn(open_at(data_of(folder), tokenizer), 5)
+    before = sum(encoded)
+    cache = shards_of(folder)[0].parent
+    for name in ("abc-def.tokens", "-.tokens", "000001-x.tokens", "²-" + "0" * 32 + ".tokens"):
+        (cache / name).write_text("")
+    assert_same(first, drawn(open_at(data_of(folder), tokenizer), 5))
+    assert sum(encoded) == before
 
 
 @pytest.mark.parametrize("damage", ["cut", "delete", "longer"])
@@ -1115,6 +1130,40 @@ def test_workers_answer_in_any_order_and_pass_errors_on():
     pool.close()
     pool.close()
     assert not any(process.is_alive() for process in processes)
+
+
+def signalled():
+    """What a worker gets that is signalled before it can ignore it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    return int
+
+
+class SignalledWhileStarting:
+    def __reduce__(self):
+        return signalled, ()
+
+
+def test_signals_while_workers_start_are_for_the_trainer_alone():
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with contextlib.closing(workers.Workers(SignalledWhileStarting(), 2)) as pool:
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+        assert [pool.answer(pool.ask(text)) for text in ("3", "4", "5")] == [3, 4, 5]
+    assert data_processes() == []
+
+
+def test_first_workers_of_a_process_start_with_signals_blocked():
+    """The first one also starts multiprocessing's resource tracker, which unblocks them."""
+    script = (
+        "from dsjax.data.workers import Workers\n"
+        "from tests.test_data import SignalledWhileStarting\n"
+        "pool = Workers(SignalledWhileStarting(), 1)\n"
+        "print(pool.answer(pool.ask('3')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "3\n"
 
 
 def test_workers_end_with_the_interpreter():

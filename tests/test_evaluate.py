@@ -198,22 +198,18 @@ def test_every_variant_is_a_configuration_of_its_own(name):
     study = study_named(name)
     configs = set()
     for overrides in study.variants.values():
-        config = preset("tiny")
-        for assignment in (*study.common, *overrides):
-            config = override(config, assignment)
-        configs.add(config)
+        configs.add(override(preset("tiny"), *study.common, *overrides))
     assert len(configs) == len(study.variants) >= 2
 
 
 def test_a_study_trains_measures_and_draws(tmp_path):
     pytest.importorskip("matplotlib")
-    config = preset("nano")
-    for assignment in (
+    config = override(
+        preset("nano"),
         "train.total_tokens=2048",
         "data.max_bytes_per_source=60000",
         "data.held_out_fraction=0.2",
-    ):
-        config = override(config, assignment)
+    )
     study = Study(
         question="Is it one?",
         variants={"with MTP": (), "without": ("model.mtp=null",)},

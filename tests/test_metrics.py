@@ -16,13 +16,14 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
+from dsjax.errors import InputError
 from dsjax.presets import preset
 from dsjax.train import clock as clock_module
 from dsjax.train import flops, metrics
 from dsjax.train.clock import Clock, Profiler, process_age_s
 from dsjax.train.flops import memory_bytes, peak_flops_per_s, train_flops_per_token
 from dsjax.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
-from dsjax.train.pictures import plot_loss, plot_router, plot_schedule
+from dsjax.train.pictures import check_picture, plot_loss, plot_router, plot_schedule
 
 # ---- metrics ------------------------------------------------------------------------------------
 
@@ -96,6 +97,58 @@ def test_the_writer_drops_what_is_written_again(tmp_path):
         writer.write({"step": 6, "loss": 3.0})
         writer.close()
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+NO_ROWS = ("[]", '{"x": 1}', '{"step": true}', '{"step": "2"}', "\x00\x01", "", "[" * 100_000)
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
+def test_a_line_that_is_no_row_costs_no_other(tmp_path, capsys, line):
+    path = tmp_path / METRICS_FILE
+    rows = [json.dumps({"step": n, "wall_s": 2.0 * n}) for n in range(1, 8)]
+    text = "\n".join([*rows[:2], line, *rows[2:], '{"step": 8, "wa'])  # the last one is cut short
+    path.write_text(text)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert path.read_text() == text
+    assert capsys.readouterr().err == ""
+    writer = MetricsWriter(tmp_path, after_step=5)
+    assert writer.wall_s_before == 14.0
+    assert writer.has(5, "wall_s")
+    writer.write({"step": 6, "wall_s": 16.0})
+    writer.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    damaged = tmp_path / f"{METRICS_FILE}.damaged"
+    assert damaged.read_text() == text
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told == (
+        f"{path}: lines without a row of metrics are left out (1, the first is line 3); "
+        f"the file as it was is {damaged.name}"
+    )
+    damaged.unlink()
+    MetricsWriter(tmp_path, after_step=6).close()  # whole now
+    assert not damaged.exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_metrics_that_cannot_be_opened(tmp_path, monkeypatch):
+    path = tmp_path / METRICS_FILE
+    path.mkdir()
+    for opens in (read_metrics, lambda folder: MetricsWriter(folder, after_step=0)):
+        with pytest.raises(InputError, match=r"^cannot read .*metrics\.jsonl: Is a directory$"):
+            opens(tmp_path)
+    path.rmdir()
+    path.write_text('{"step": 1}\n[]\n{"step": 2}\n')
+    content = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("copyfile", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics.shutil if name == "copyfile" else os, name, full)
+            with pytest.raises(InputError, match=r"cannot go on in .*: No space left on device$"):
+                MetricsWriter(tmp_path, after_step=2)
+        assert path.read_bytes() == content
 
 
 def test_no_metrics_is_no_rows(tmp_path):
@@ -385,6 +438,26 @@ def test_a_failing_save_is_booked_too():
     assert clock.shares() == {"saving": 1.0}
 
 
+def test_starting_and_ending_a_trace_is_no_training(tmp_path, monkeypatch):
+    now = Time()
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: now.take(3.0))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: now.take(5.0))
+    clock, profiler = Clock(age_s=0.0, now=now), Profiler(tmp_path, (2,))
+    clock.begin_stage()
+    rows = []
+    for step in (1, 2, 3):
+        with clock.profiling():
+            profiler.before(step)
+        now.take(2.0)
+        with clock.profiling():
+            profiler.after(step)
+        rows.append(clock.step(100))
+    assert [row.get("tokens_per_s") for row in rows] == [None, 50.0, 50.0]
+    assert rows[-1]["productive_s"] == 4.0
+    shares = {"compiling": 2.0, "training": 4.0, "profiling": 8.0}
+    assert clock.shares() == pytest.approx({kind: s / 14.0 for kind, s in shares.items()})
+
+
 def test_a_clock_that_has_not_moved():
     assert Clock(age_s=0.0, now=Time()).totals()["goodput"] == 0.0
 
@@ -523,6 +596,14 @@ def test_pictures_of_nothing(tmp_path):
     assert plot_router(tmp_path) is None
 
 
+def test_rows_without_tokens_are_not_drawn(tmp_path, rng):
+    pytest.importorskip("matplotlib")
+    rows = synthetic_rows(rng, steps=3, layers=2, experts=4)
+    write_rows(tmp_path, [*rows, {"step": 4, "loss": 1.0, "load/moe": [[1] * 4] * 2}])
+    assert plot_loss(tmp_path) == tmp_path / "loss.png"
+    assert plot_router(tmp_path) == tmp_path / "router.png"
+
+
 def test_a_router_without_biases(tmp_path, rng):
     """A softmax router, balanced by losses alone."""
     pytest.importorskip("matplotlib")
@@ -569,6 +650,29 @@ def test_the_picture_of_a_recipe(tmp_path, stages):
     named = tmp_path / "mine.png"
     assert plot_schedule(str(named), schedule(stages)) == named
     png_size(named)
+
+
+def test_paths_of_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    for path in ("mine.png", tmp_path / "mine.PDF", "./mine.svg", tmp_path, "."):
+        check_picture(path)
+        drawn = plot_schedule(path, schedule([(2, 4, 64)]))
+        assert drawn is not None
+        assert drawn.exists()
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        ("", "is empty"),
+        ("x.xyz", r"^cannot draw 'x.xyz': a picture ends in .png, .pdf, .svg$"),
+        ("x", r"^cannot draw 'x': a picture ends in"),
+        ("missing/x.png", r"^cannot draw 'missing/x.png': there is no folder 'missing'$"),
+        ("file/x.png", "there is no folder 'file'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_picture(path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(InputError, match=r"^cannot draw 'x.png': the folder '.' is not writable$"):
+        check_picture("x.png")
 
 
 def test_no_matplotlib_no_picture(tmp_path, rng, monkeypatch):

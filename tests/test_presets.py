@@ -153,7 +153,9 @@ def test_the_demonstration_and_the_benchmark_have_the_sizes_asked_for():
 def test_an_unknown_preset_is_refused_with_the_nearest_name():
     with pytest.raises(InputError, match=r"unknown preset 'deepseek_v4'; did you mean 'deepseek_v"):
         preset("deepseek_v4")
-    with pytest.raises(InputError, match=r"known: deepseek_v2, deepseek_v2_lite, .*tiny, v3_20m"):
+    with pytest.raises(
+        InputError, match=r"known: deepseek_v2, deepseek_v2_lite, .*tiny_context, v3_20m"
+    ):
         preset("")
     assert preset("tiny") == tiny()
     assert set(presets()) >= {"deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "nano", "small"}
@@ -234,6 +236,7 @@ COUNTS = {
     "deepseek_v3": (671_026_404_352, 11_610_067_968, 36_625_603_584, 129_280 * 7168),
     "nano": (109_272, 34_888, 56_024, 512 * 32),
     "tiny": (2_903_808, 736_032, 1_314_560, 2048 * 128),
+    "tiny_context": (405_472, 0, 301_024, 512 * 96),
     "v3_20m": (19_579_072, 0, 4_767_936, 4096 * 256),
     "small": (494_938_368, 41_038_208, 93_464_832, 32_768 * 768),
 }

@@ -13,6 +13,7 @@ import bisect
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from dsjax.interop.tokenizer import Tokenizer
 _VERSION = 1  # of the files and of what decides the tokens
 _SHARD_BYTES = 16 * 2**20  # of text: what a kill loses at most
 _MANIFEST = "manifest.json"
+_SHARD = re.compile(r"\d{6,}-[0-9a-f]{32}\.tokens", re.ASCII)  # see `_shard_name`
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +143,14 @@ def _whole_shards(folder: Path, num_shards: int) -> list[str | None]:
     """The names of shards that are there and whole; says which of a finished cache are not."""
     try:
         promised = json.loads((folder / _MANIFEST).read_text())["shards"]
-        promised = {int(shard["file"].split("-")[0]): shard for shard in promised}
+        promised = {
+            int(shard["file"].split("-")[0]): (shard["file"], shard["bytes"]) for shard in promised
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         promised = {}
     names: list[str | None] = [None] * num_shards
-    candidates = sorted(folder.glob("*-*.tokens")) if folder.is_dir() else []
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    candidates = [path for path in files if _SHARD.fullmatch(path.name)]
     with _bar(sum(path.stat().st_size for path in candidates), "check tokens") as bar:
         for path in candidates:
             size = path.stat().st_size
@@ -155,12 +160,12 @@ def _whole_shards(folder: Path, num_shards: int) -> list[str | None]:
             if number < num_shards and path.name == _shard_name(number, checksum):
                 names[number] = path.name
             bar.update(size)
-    for number, shard in promised.items():
+    for number, (name, num_bytes) in promised.items():
         if number < num_shards and names[number] is None:
-            path = folder / shard["file"]
+            path = folder / name
             found = f"{path.stat().st_size} bytes" if path.exists() else "no file"
             tqdm.write(
-                f"tokens in {str(path)!r} are damaged ({found}; {shard['bytes']} bytes with "
+                f"tokens in {str(path)!r} are damaged ({found}; {num_bytes} bytes with "
                 "another checksum were written): made again",
                 file=sys.stderr,
             )

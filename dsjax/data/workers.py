@@ -10,6 +10,7 @@ the shared memory of a worker that is killed, and needs absl's flags to be parse
 
 import collections
 import multiprocessing
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import signal
@@ -21,6 +22,7 @@ from typing import Any
 from dsjax.data import DataError
 
 _PATIENCE_S = 600.0  # without an answer, before a worker that lives is given up
+_FOR_TRAINER = (signal.SIGINT, signal.SIGTERM)  # it ends its workers when it has saved
 
 
 class Workers:
@@ -41,15 +43,22 @@ class Workers:
         self._end = multiprocessing.util.Finalize(
             self, _end, (self._pipes, self.processes), exitpriority=10
         )
-        for number in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, make), daemon=True, name=f"dsjax-data-{number}"
-            )
-            process.start()
-            theirs.close()  # or its end would stay open when the worker dies
-            self._pipes.append(ours)
-            self.processes.append(process)
+        # The first process would start it, and unblock the signals.
+        multiprocessing.resource_tracker.ensure_running()
+        # A worker inherits the mask; it needs seconds to get as far as ignoring signals itself.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_TRAINER)
+        try:
+            for number in range(count):
+                ours, theirs = context.Pipe()
+                self._pipes.append(ours)
+                process = context.Process(
+                    target=_serve, args=(theirs, make), daemon=True, name=f"dsjax-data-{number}"
+                )
+                process.start()
+                theirs.close()  # or its end would stay open when the worker dies
+                self.processes.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def ask(self, question: Any) -> int:
         """Hands a question to a worker; returns the number by which to fetch the answer."""
@@ -109,9 +118,8 @@ def _end(pipes: Sequence[Connection], processes: Sequence[BaseProcess]) -> None:
 
 
 def _serve(pipe: Connection, make: Callable[[Any], Any]) -> None:
-    # Signals to the whole group are for the trainer, which ends its workers when it has saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _FOR_TRAINER:
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     try:
         while True:

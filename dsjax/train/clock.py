@@ -7,7 +7,7 @@ Knows nothing about what a step computes. `Clock` keeps two sums, over all proce
   after the last row that it wrote is lost if it is killed.
 - productive time: inside training steps that are part of the run's final curve. Not: steps that
   compile (the first of a process and of each stage), skipped ones, steps that a kill undid, data
-  waits, evaluations, saving.
+  waits, evaluations, saving, starting and ending traces.
 
 Goodput is productive over wall time.
 """
@@ -23,7 +23,10 @@ from tqdm import tqdm
 
 _IMPORTED_S = time.monotonic()
 
-_KINDS = ("starting", "compiling", "training", "skipped", "waiting", "evaluating", "saving")
+_KINDS = (
+    *("starting", "compiling", "training", "skipped"),
+    *("waiting", "evaluating", "saving", "profiling"),
+)
 
 
 def process_age_s() -> float:
@@ -41,7 +44,7 @@ def process_age_s() -> float:
 class Clock:
     """Books a process's time by kind; what lies between two calls belongs to the step under way.
 
-    The blocks of `waiting`, `saving` and `pause` do not nest.
+    The blocks of `waiting`, `saving`, `pause` and `profiling` do not nest.
     """
 
     def __init__(
@@ -97,6 +100,10 @@ class Clock:
         """`with clock.pause(): evaluate(...)`."""
         return self._aside("evaluating")
 
+    def profiling(self) -> contextlib.AbstractContextManager[None]:
+        """`with clock.profiling(): profiler.before(step)`, and the same around `after`."""
+        return self._aside("profiling")
+
     def step(self, tokens: int, *, skipped: bool = False) -> dict[str, float]:
         """Ends a step, whose result must have arrived.
 
@@ -107,7 +114,7 @@ class Clock:
         Returns:
             `data_wait_s` and `save_s` since the last step, the sums `wall_s`, `productive_s` and
             `goodput`, and, unless the step compiled, `tokens_per_s`; its time holds data waits, but
-            no evaluation and no saving.
+            no evaluation, no saving and no starting or ending of traces.
         """
         kind = "compiling" if self._compiles else "skipped" if skipped else "training"
         waited_s = self._spent_s["waiting"] - self._at_row["waiting"]
@@ -135,8 +142,8 @@ class Clock:
     def shares(self) -> dict[str, float]:
         """Shares of this process's wall time by kind, those that took any; they add up to 1.
 
-        Kinds: starting, compiling, training, skipped, waiting (for data), evaluating, saving, and
-        other: since the last step.
+        Kinds: starting, compiling, training, skipped, waiting (for data), evaluating, saving,
+        profiling, and other: since the last step.
         """
         total_s = self._process_s()
         spent_s = self._spent_s | {"other": total_s - sum(self._spent_s.values())}
@@ -160,6 +167,8 @@ class Clock:
 
 class Profiler:
     """Traces chosen steps into `workdir/profile/`; a profiler that fails does not stop a run.
+
+    Starting and ending a trace takes seconds, so both calls belong into `Clock.profiling`.
 
     Steps that follow each other share a trace, in `profile/plugins/profile/steps_<first>-<last>/`:
     `perfetto_trace.json.gz` opens in https://ui.perfetto.dev, and `tensorboard --logdir

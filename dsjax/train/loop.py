@@ -39,7 +39,14 @@ from dsjax.train.state import (
 )
 from dsjax.train.step import make_train_step
 from dsjax.train.stop import StopRequest
-from dsjax.workdir import Run, WorkdirLock, check_workdir, prepare_workdir
+from dsjax.workdir import (
+    CONFIG_FILE,
+    Run,
+    WorkdirLock,
+    check_workdir,
+    prepare_workdir,
+    read_run,
+)
 from sharding.rules import AxisRules
 
 
@@ -49,7 +56,8 @@ class PretrainResult:
 
     Attributes:
         step: steps taken in all, skipped ones included.
-        before: held-out `eval_loss` and `bits_per_byte` of the untrained model.
+        before: held-out `eval_loss` and `bits_per_byte` of the untrained model; None if the run was
+            stopped before it was known.
         after: the same at the end, over the whole held-out split; None if the run was stopped.
         tokens_per_s: positions a second in this process, compilation left out; None if no step ran.
         stopped_by: the name of the signal that stopped the run before its end, or None.
@@ -57,7 +65,7 @@ class PretrainResult:
     """
 
     step: int
-    before: dict[str, float]
+    before: dict[str, float] | None
     after: dict[str, float] | None
     tokens_per_s: float | None
     stopped_by: str | None
@@ -94,16 +102,21 @@ def pretrain(
             is lost on the way; the last checkpoint stays.
     """
     entered = time.monotonic()
-    run = Run(config=config, seed=seed, init=None if init is None else os.fspath(init))
+    run = Run(config=config, seed=seed, init=_recorded_init(workdir, init))
     known = check_workdir(workdir, run)
     plan = stages(config)
+    corpus, weights = None, None
     if known:
-        tokenizer, corpus = Tokenizer.load(os.path.join(workdir, "tokenizer")), None
-    else:
+        tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer"))
+    else:  # before anything is written: is what the run begins with good?
+        if run.init is not None:
+            weights, step = _read_init(run.init, None, plan[0].config)
+            run = dataclasses.replace(run, init=f"{run.init}@{step}")
         tokenizer = _first_tokenizer(config, init)
-        corpus = _open(plan[0], tokenizer, seed)  # before anything is written: is the text good?
+        corpus = _open(plan, 0, tokenizer, seed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(WorkdirLock(workdir))
+        stop = stack.enter_context(StopRequest())
         if not known:
             prepare_workdir(workdir, run, tokenizer.save)
         checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints, tell=_tell)
@@ -111,20 +124,24 @@ def pretrain(
         restored = checkpoints.restore_newest(_as_dict(abstract_state(config, AxisRules())))
         number = _stage_number(plan, restored.step if restored else 0)
         if corpus is None:
-            corpus = _open(plan[number], tokenizer, seed + number)
+            corpus = _open(plan, number, tokenizer, seed)
         stack.callback(corpus.train.close)
-        if restored is not None and restored.step > plan[number].first_step:
+        if restored is not None:
             corpus.train.set_state(restored.data)
+            state = TrainState(**restored.state)
+        else:
+            state = _first_state(run, plan[0].config, weights)
         if known:  # only now is it certain that the run can go on
             prepare_workdir(workdir, run, tokenizer.save)
-        trainer = _Trainer(run, plan, workdir, tokenizer, checkpoints, restored, entered - age_s)
+        trainer = _Trainer(run, plan, workdir, tokenizer, checkpoints, stop, entered - age_s)
         stack.callback(trainer.close)
+        trainer.start(state, restored)
         return trainer.go(corpus, number, stop_at_step)
 
 
 def _stage_number(plan: tuple[Stage, ...], step: int) -> int:
-    """The stage that the next step belongs to; the last one of a finished run."""
-    return next((i for i, stage in enumerate(plan) if step < stage.last_step), len(plan) - 1)
+    """The stage that made the state after so many steps; its end may be all that is left of it."""
+    return next(i for i, stage in enumerate(plan) if step <= stage.last_step)
 
 
 class _Trainer:
@@ -137,30 +154,32 @@ class _Trainer:
         workdir: str | os.PathLike,
         tokenizer: Tokenizer,
         checkpoints: Checkpoints,
-        restored: Restored | None,
+        stop: StopRequest,
         started: float,
     ):
         self.run, self.plan, self.workdir, self.tokenizer = run, plan, workdir, tokenizer
-        self.checkpoints = checkpoints
-        self.step, self.tokens, self.before = 0, 0, None
-        if restored is not None:
-            self.state, self.step = TrainState(**restored.state), restored.step
-            self.tokens, self.before = restored.meta["tokens"], restored.meta["before"]
-        else:
-            self.state = _first_state(run, plan[0].config)
-        self.writer = MetricsWriter(workdir, after_step=self.step)
-        self.clock = Clock(
-            self.writer.wall_s_before,
-            self.writer.productive_s_before,
-            age_s=time.monotonic() - started,
-        )
+        self.checkpoints, self.stop, self.started = checkpoints, stop, started
         self.profiler = Profiler(workdir, run.config.train.profile_steps)
         device = jax.devices()[0]
         self.peak = peak_flops_per_s(device, run.config.precision.compute_dtype)
         if device.platform != "cpu":  # virtual ones share the cores
             self.peak *= jax.device_count()
+
+    def start(self, state: TrainState, restored: Restored | None) -> None:
+        """Takes up where the state is; from here on the run's files are written."""
+        self.state, self.step, self.tokens = state, 0, 0
+        self.before: dict[str, float] | None = None
+        if restored is not None:
+            self.step, self.tokens = restored.step, restored.meta["tokens"]
+            self.before = restored.meta["before"]
+        self.writer = MetricsWriter(self.workdir, after_step=self.step)
+        self.clock = Clock(
+            self.writer.wall_s_before,
+            self.writer.productive_s_before,
+            age_s=time.monotonic() - self.started,
+        )
         self.bar = tqdm(
-            total=plan[-1].last_step,
+            total=self.plan[-1].last_step,
             initial=self.step,
             desc="pretrain",
             unit="step",
@@ -168,36 +187,28 @@ class _Trainer:
             dynamic_ncols=True,
             mininterval=0.5,
         )
+        plot_schedule(self.workdir, schedule_rows(self.run.config))
 
     def close(self) -> None:
         """Ends what it tells."""
-        self.bar.close()
         self.profiler.close()
-        self.writer.close()
+        if hasattr(self, "bar"):
+            self.bar.close()
+            self.writer.close()
 
     def go(self, corpus: Corpus, number: int, stop_at_step: int | None) -> PretrainResult:
         """Takes every step that is left, from stage `number` on, up to `stop_at_step`."""
         end = self.plan[-1].last_step
         last_step = end if stop_at_step is None else min(stop_at_step, end)
-        plot_schedule(self.workdir, schedule_rows(self.run.config))
+        after = None
         while True:
-            stage = self.plan[number]
-            evaluate = _Evaluate(stage.config, corpus)
-            if self.before is None:
-                self.before = evaluate(self.state, None)
-            if self.step == 0 and not self.writer.has(0, "eval_loss"):
-                self._tell_evaluation(self.before)
-            stopped_by = self._train(stage, corpus, evaluate, min(last_step, stage.last_step))
-            after = None
-            if stopped_by is None:
-                after = evaluate(self.state, None)
-                if not self.writer.has(self.step, "eval_loss"):  # a finished run may run again
-                    self._tell_evaluation(after)
-            corpus.train.close()
-            if stopped_by is not None or self.step >= last_step:
+            with contextlib.closing(corpus.train):
+                stage = self.plan[number]
+                after = self._run_stage(stage, corpus, min(last_step, stage.last_step))
+            if self.stop.signal_name is not None or self.step >= last_step:
                 break
             number += 1
-            corpus = _open(self.plan[number], self.tokenizer, self.run.seed + number)
+            corpus = _open(self.plan, number, self.tokenizer, self.run.seed)
         self.checkpoints.wait()
         self.bar.close()
         plot_loss(self.workdir)
@@ -207,18 +218,33 @@ class _Trainer:
             before=self.before,
             after=after,
             tokens_per_s=self.clock.tokens_per_s(),
-            stopped_by=stopped_by,
+            stopped_by=None if after is not None else self.stop.signal_name,
             shares=self.clock.shares(),
         )
+
+    def _run_stage(self, stage: Stage, corpus: Corpus, last_step: int) -> dict[str, float] | None:
+        """Trains a stage and evaluates its end; None if a signal came before that was done."""
+        evaluate = _Evaluate(stage.config, corpus, self.stop)
+        if self.before is None and self.step == 0:
+            self.before = evaluate(self.state, None)
+            if self.before is not None and not self.writer.has(0, "eval_loss"):
+                self._tell_evaluation(self.before)
+        if self.stop.signal_name is None:
+            self._train(stage, corpus, evaluate, last_step)
+        told = self.writer.has(self.step, "eval_loss")
+        if told and self.step < self.plan[-1].last_step:
+            return None  # the end of a stage that another process has evaluated
+        after = evaluate(self.state, None)
+        if after is not None and not told:
+            self._tell_evaluation(after)
+        return after
 
     def _tell_evaluation(self, figures: dict[str, float]) -> None:
         row = {"step": self.step, "tokens": self.tokens, **figures}
         self.writer.write(row | self.clock.totals())
 
-    def _train(
-        self, stage: Stage, corpus: Corpus, evaluate: "_Evaluate", last_step: int
-    ) -> str | None:
-        """Takes the steps of a stage; returns the name of the signal that ended it early."""
+    def _train(self, stage: Stage, corpus: Corpus, evaluate: "_Evaluate", last_step: int) -> None:
+        """Takes the steps of a stage, until a signal comes."""
         config, train = stage.config, stage.config.train
         graphdef, optimizer = blueprint(config, AxisRules())
         train_step = make_train_step(
@@ -231,43 +257,41 @@ class _Trainer:
         micro_batch_size = train.micro_batch_size or train.batch_size
         flops = sum(train_flops_per_token(config).values())
         self.clock.begin_stage()
-        with StopRequest() as stop:
-            while self.step < last_step and stop.signal_name is None:
-                batch_size = stage.batches[self.step - stage.first_step]
-                with self.clock.waiting():
-                    batch = _draw(corpus, batch_size // micro_batch_size)
-                progress = stage.progress(self.step)
-                self.profiler.before(self.step + 1)
-                self.state, metrics = train_step(
-                    self.state, batch, progress=progress, micro_batch_size=micro_batch_size
-                )
-                row = jax.device_get(metrics)
-                self.profiler.after(self.step + 1)
-                self.step += 1
-                self.tokens += batch_size * train.seq_len
-                finite = math.isfinite(row["loss_total"]) and math.isfinite(row["grad_norm"])
-                row |= self.clock.step(batch_size * train.seq_len, skipped=not finite)
-                row |= {
-                    "step": self.step,
-                    "tokens": self.tokens,
-                    "batch_size": batch_size,
-                    "seq_len": train.seq_len,
-                    "memory_bytes": memory_bytes(),
-                    **_schedules(config, progress),
-                }
-                if "tokens_per_s" in row:
-                    row["share_of_peak"] = row["tokens_per_s"] * flops / self.peak
-                if self.step % train.router_every_steps and self.step != last_step:
-                    row = {k: v for k, v in row.items() if not k.startswith(("load/", "bias/"))}
-                if self.step % train.eval_every_steps == 0 and self.step < last_step:
-                    with self.clock.pause():
-                        row |= evaluate(self.state, train.eval_batches)
-                self.writer.write(row)
-                self._show(row)
-                if not finite:
-                    self._check_skipped(row)
-                self._save_if_due(corpus, self.step == last_step or stop.signal_name is not None)
-            return stop.signal_name if self.step < last_step else None
+        while self.step < last_step and self.stop.signal_name is None:
+            batch_size = stage.batches[self.step - stage.first_step]
+            with self.clock.waiting():
+                batch = _draw(corpus, batch_size // micro_batch_size)
+            progress = stage.progress(self.step)
+            self.profiler.before(self.step + 1)
+            self.state, metrics = train_step(
+                self.state, batch, progress=progress, micro_batch_size=micro_batch_size
+            )
+            row = jax.device_get(metrics)
+            self.profiler.after(self.step + 1)
+            self.step += 1
+            self.tokens += batch_size * train.seq_len
+            finite = math.isfinite(row["loss_total"]) and math.isfinite(row["grad_norm"])
+            row |= self.clock.step(batch_size * train.seq_len, skipped=not finite)
+            row |= {
+                "step": self.step,
+                "tokens": self.tokens,
+                "batch_size": batch_size,
+                "seq_len": train.seq_len,
+                "memory_bytes": memory_bytes(),
+                **_schedules(config, progress),
+            }
+            if "tokens_per_s" in row:
+                row["share_of_peak"] = row["tokens_per_s"] * flops / self.peak
+            if self.step % train.router_every_steps and self.step != last_step:
+                row = {k: v for k, v in row.items() if not k.startswith(("load/", "bias/"))}
+            if self.step % train.eval_every_steps == 0 and self.step < last_step:
+                with self.clock.pause():
+                    row |= evaluate(self.state, train.eval_batches) or {}
+            self.writer.write(row)
+            self._show(row)
+            if not finite:
+                self._check_skipped(row)
+            self._save_if_due(corpus, self.step == last_step)
 
     def _show(self, row: dict[str, Any]) -> None:
         text = f"loss {row['loss']:.3f}, {row.get('tokens_per_s', 0):,.0f} tok/s"
@@ -292,7 +316,12 @@ class _Trainer:
         error = self.checkpoints.poll()
         if error is not None:
             _tell(f"{error}; it is tried again")
-        if at_the_end or error or self.step % self.run.config.train.save_every_steps == 0:
+        if (
+            at_the_end
+            or error
+            or self.stop.signal_name is not None
+            or self.step % self.run.config.train.save_every_steps == 0
+        ):
             with self.clock.saving():
                 self.checkpoints.save(
                     self.step,
@@ -302,34 +331,55 @@ class _Trainer:
                 )
 
 
+def _recorded_init(workdir: str | os.PathLike, init: str | os.PathLike | None) -> str | None:
+    """Where the first weights come from: a folder, or `folder@step` for a run that goes on.
+
+    It keeps the step that it began with: there may be newer ones by now.
+    """
+    if init is None:
+        return None
+    folder = os.path.realpath(init)
+    if os.path.isfile(os.path.join(workdir, CONFIG_FILE)):
+        there = read_run(workdir).init
+        if there is not None and there.rpartition("@")[0] == folder:
+            return there
+    return folder
+
+
 def _first_tokenizer(config: Config, init: str | os.PathLike | None) -> Tokenizer:
     if init is not None:
         return Tokenizer.load(os.path.join(init, "tokenizer"))
     return find_tokenizer(config.data, config.model.vocab_size)
 
 
-def _open(stage: Stage, tokenizer: Tokenizer, seed: int) -> Corpus:
-    train = stage.config.train
+def _open(plan: tuple[Stage, ...], number: int, tokenizer: Tokenizer, seed: int) -> Corpus:
+    train = plan[number].config.train
     micro_batch_size = train.micro_batch_size or train.batch_size
     return open_corpus(
-        stage.config.data,
+        plan[number].config.data,
         tokenizer,
         seq_len=train.seq_len,
         micro_batch_size=micro_batch_size,
         eval_batch_size=micro_batch_size,
-        seed=seed,
+        seed=(seed + number * 0x85EBCA6B) % 2**32,  # far from the seeds that people choose
     )
 
 
-def _first_state(run: Run, config: Config) -> TrainState:
+def _read_init(folder: str, step: int | None, config: Config) -> tuple[dict[str, Any], int]:
+    """The weights that a run begins with, and their step."""
+    like = abstract_state(config, AxisRules())
+    return read_params(folder, {"params": like.params, "bias": like.bias}, step)
+
+
+def _first_state(run: Run, config: Config, weights: dict[str, Any] | None) -> TrainState:
     if run.init is None:
         return create(config, jax.random.key(run.seed), AxisRules())
-    like = abstract_state(config, AxisRules())
-    weights, _ = read_params(run.init, {"params": like.params, "bias": like.bias})
+    if weights is None:  # the run was ended before its first checkpoint
+        folder, _, step = run.init.rpartition("@")
+        weights, _ = _read_init(folder, int(step), config)
     _, optimizer = blueprint(config, AxisRules())
-    return fresh_state(
-        config, weights["params"], weights["bias"], jax.jit(optimizer.init)(weights["params"])
-    )
+    opt = jax.jit(optimizer.init)(weights["params"])
+    return fresh_state(config, weights["params"], weights["bias"], opt)
 
 
 def _draw(corpus: Corpus, count: int) -> dict[str, np.ndarray]:
@@ -353,9 +403,9 @@ def _schedules(config: Config, progress: float) -> dict[str, float]:
 class _Evaluate:
     """Held-out figures of a state: `eval_loss`, `bits_per_byte`, and those of its average."""
 
-    def __init__(self, config: Config, corpus: Corpus):
+    def __init__(self, config: Config, corpus: Corpus, stop: StopRequest):
         graphdef, _ = blueprint(config, AxisRules())
-        self._corpus = corpus
+        self._corpus, self._stop = corpus, stop
         self._total_weight = sum(float(batch["weights_BT"].sum()) for batch in corpus.held_out)
 
         @jax.jit
@@ -364,20 +414,34 @@ class _Evaluate:
 
         self._nats = nats
 
-    def __call__(self, state: TrainState, count: int | None) -> dict[str, float]:
-        """Over `count` batches spread over the split, so that a part stands for it; None: all."""
+    def __call__(self, state: TrainState, count: int | None) -> dict[str, float] | None:
+        """Over `count` batches spread over the split, so that a part stands for it; None: all.
+
+        Returns:
+            The figures; None if a signal asks the run to stop, which a part does not heed: its
+            figures belong to a step's row.
+        """
+        stoppable = count is None
         batches = self._corpus.held_out
         if count is not None and count < len(batches):
             batches = [batches[i * len(batches) // count] for i in range(count)]
-        figures = self._figures(state.params, state.bias, batches)
-        if "ema" in state.extra:
-            average = self._figures(state.extra["ema"], state.bias, batches)
+        figures = self._figures(state.params, state.bias, batches, stoppable)
+        if figures is not None and "ema" in state.extra:
+            average = self._figures(state.extra["ema"], state.bias, batches, stoppable)
+            if average is None:
+                return None
             figures |= {f"{name}_ema": value for name, value in average.items()}
         return figures
 
-    def _figures(self, params: Any, bias: Any, batches: list[dict]) -> dict[str, float]:
-        total = sum(float(self._nats(params, bias, batch)) for batch in batches)
-        weight = sum(float(batch["weights_BT"].sum()) for batch in batches)
+    def _figures(
+        self, params: Any, bias: Any, batches: list[dict[str, np.ndarray]], stoppable: bool
+    ) -> dict[str, float] | None:
+        total = weight = 0.0
+        for batch in batches:
+            if stoppable and self._stop.signal_name is not None:
+                return None
+            total += float(self._nats(params, bias, batch))
+            weight += float(batch["weights_BT"].sum())
         loss = total / max(weight, 1.0)
         bits = loss * self._total_weight / math.log(2.0) / self._corpus.held_out_bytes
         return {"eval_loss": loss, "bits_per_byte": bits}

@@ -9,11 +9,12 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tensorboardX.proto.summary_pb2 import HistogramProto, Summary  # pyrefly: i
 from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
-from dsjax.errors import nearest
+from dsjax.errors import InputError, nearest
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -77,25 +78,38 @@ class MetricsWriter:
         """Opens the files of `workdir`.
 
         Rows past `after_step`, which a resumed run writes again, and a last line cut short go from
-        the JSONL; TensorBoard is told to hide such events.
+        the JSONL; TensorBoard is told to hide such events. Other lines that are no rows go too;
+        the file as it was is then kept as `metrics.jsonl.damaged`, and this is said.
 
         Raises:
-            OSError: if there is a JSONL file that cannot be read and shortened.
+            InputError: if there is a JSONL file that cannot be read and shortened.
         """
         path = Path(workdir) / METRICS_FILE
         self.wall_s_before = self.productive_s_before = 0.0
         self._kept: dict[int, set[frozenset[str]]] = {}  # step -> names of each of its rows
         alike: dict[frozenset[str], frozenset[str]] = {}  # most rows have the same: kept once
-        kept_bytes = 0
-        for row, size in _whole_rows(path):
+        kept_bytes, damaged = 0, []
+        for number, (line, row) in enumerate(_whole_lines(path), 1):
+            if row is None:
+                damaged.append(number)
+                continue
             self.wall_s_before = row.get("wall_s") or self.wall_s_before
             if row["step"] <= after_step:  # steps never fall from one line to the next
                 self.productive_s_before = row.get("productive_s") or self.productive_s_before
                 names = frozenset(row)
                 self._kept.setdefault(row["step"], set()).add(alike.setdefault(names, names))
-                kept_bytes += size
-        if path.exists():
-            os.truncate(path, kept_bytes)  # in place, which needs no room on the disk
+                kept_bytes += len(line)
+        try:
+            if damaged:
+                _rewrite(path, lambda row: row["step"] <= after_step)
+                _say(
+                    f"{path}: lines without a row of metrics are left out ({len(damaged)}, the "
+                    f"first is line {damaged[0]}); the file as it was is {_damaged(path).name}"
+                )
+            elif path.exists():
+                os.truncate(path, kept_bytes)  # in place, which needs no room on the disk
+        except OSError as error:
+            raise InputError(f"cannot go on in {path}: {error.strerror or error}") from error
         now = time.time()
         hello = Event(wall_time=now, file_version="brain.Event:2")
         # On reading it TensorBoard forgets what earlier files say of these steps.
@@ -147,23 +161,48 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Every whole row of a run, oldest first; none if there is no file yet."""
-    return [row for row, _ in _whole_rows(Path(workdir) / METRICS_FILE)]
+    """Every whole row of a run, oldest first; none if there is no file yet.
+
+    Raises:
+        InputError: if there is a file, or a folder of its name, that cannot be read.
+    """
+    return [row for _, row in _whole_lines(Path(workdir) / METRICS_FILE) if row is not None]
 
 
-def _whole_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """(row, bytes of its line), up to the first that is not whole."""
-    if not path.exists():
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """(line, its row or None if it is something else); a last line cut short is left out."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):  # else cut short by a kill: its row is written again
+                    yield line, _row(line)
+    except FileNotFoundError:
         return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                return
-            if not line.endswith(b"\n"):
-                return  # cut short by a kill; whatever follows is written again
-            yield row, len(line)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leaves only the rows to keep, and the file as it was beside; a kill loses neither."""
+    shutil.copyfile(path, _damaged(path))
+    whole = path.with_name(path.name + ".tmp")
+    with whole.open("wb") as file:
+        for line, row in _whole_lines(path):
+            if row is not None and keep(row):
+                file.write(line)
+    os.replace(whole, path)
+
+
+def _damaged(path: Path) -> Path:
+    return path.with_name(path.name + ".damaged")
 
 
 def _plain(value: Any) -> Any:

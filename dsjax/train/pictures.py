@@ -15,13 +15,34 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from dsjax.errors import InputError
 from dsjax.train.metrics import read_metrics
 
 _BLUE, _RED, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#777777"  # Okabe and Ito's
 _COLUMNS = 300  # of a heat map at most; neighbouring rows are averaged
 _FEW_LAYERS = 4  # drawn one by one
+_SUFFIXES = (".png", ".pdf", ".svg")
 
 Points = tuple[np.ndarray, np.ndarray]  # x, y
+
+
+def check_picture(path: str | os.PathLike) -> None:
+    """Refuses the path of a picture that could not be drawn; a folder may stand for one in it.
+
+    Raises:
+        InputError: if it is empty, its folder is not there or cannot be written to, or it ends in
+            something else than .png, .pdf or .svg.
+    """
+    if not os.fspath(path):
+        raise InputError("the path of the picture is empty")
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        raise InputError(f"cannot draw {str(path)!r}: there is no folder {str(folder)!r}")
+    if folder != path and path.suffix.lower() not in _SUFFIXES:
+        raise InputError(f"cannot draw {str(path)!r}: a picture ends in {', '.join(_SUFFIXES)}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot draw {str(path)!r}: the folder {str(folder)!r} is not writable")
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -35,7 +56,7 @@ def plot_loss(workdir: str | os.PathLike) -> Path | None:
     Returns:
         The picture's path, or None where matplotlib is not installed or the disk is full.
     """
-    rows = read_metrics(workdir)
+    rows = _placed_rows(workdir)
     scale, unit = _unit(max((row["tokens"] for row in rows), default=0))
     violations = _families(rows, "router/", "/max_violation")
     names = ["loss", "grad_norm", "learning_rate"] + ["violation"] * bool(violations)
@@ -164,7 +185,7 @@ def plot_router(workdir: str | os.PathLike) -> Path | None:
     Returns:
         The picture's path, or None where matplotlib is not installed or no row has loads.
     """
-    rows = read_metrics(workdir)
+    rows = _placed_rows(workdir)
     stacks = _families(rows, "load/", "")
     if not stacks:
         return None
@@ -315,11 +336,12 @@ def plot_schedule(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Pa
     Stages after the main one that would be too narrow to see get a second column of their own.
 
     Args:
-        path: the picture, or a folder, where it is `schedule.png`.
+        path: the picture, or a folder, where it is `schedule.png`; see `check_picture`.
         rows: `dsjax.train.recipe.schedule_rows`.
 
     Returns:
-        The picture's path, or None where matplotlib is not installed or there is no row.
+        The picture's path, or None where matplotlib is not installed, there is no row, or the disk
+        is full.
     """
     if not rows:
         return None
@@ -480,6 +502,11 @@ def _save(figure: Any, path: Path) -> Path | None:
         tqdm.write(f"{path.name} is not drawn: {error}", file=sys.stderr)
         return None
     return path
+
+
+def _placed_rows(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows that have a place on an axis of tokens."""
+    return [row for row in read_metrics(workdir) if isinstance(row.get("tokens"), int)]
 
 
 def _plain_axes(axis: Any) -> None:

@@ -10,6 +10,8 @@ from bisect import bisect_right
 from dsjax.config import Config, ModelConfig, TrainConfig, constant
 from dsjax.errors import InputError
 
+MAX_STEPS = 5_000_000  # V3 took 246,108
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -52,8 +54,17 @@ def batch_at(train: TrainConfig, tokens: int) -> int:
 
 
 def stages(config: Config) -> tuple[Stage, ...]:
-    """Takes a run apart: the main stage, then `train.context_stages`."""
+    """Takes a run apart: the main stage, then `train.context_stages`.
+
+    Raises:
+        InputError: for a run of more steps than can be planned one by one.
+    """
     train = config.train
+    if train.total_tokens // train.tokens_per_step > MAX_STEPS:
+        raise InputError(
+            f"train.total_tokens {train.total_tokens:,} makes "
+            f"{train.total_tokens // train.tokens_per_step:,} steps; at most {MAX_STEPS:,}"
+        )
     batches, seen = [], [0]
     while seen[-1] < train.total_tokens:
         batches.append(batch_at(train, seen[-1]))

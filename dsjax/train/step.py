@@ -139,7 +139,10 @@ def make_train_step(
             "skipped_in_a_row": jnp.where(finite, 0, state.extra["skipped_in_a_row"] + 1),
         }
         if ema_decay is not None:
-            extra["ema"] = update_ema(state.extra["ema"], params, state.step + 1, ema_decay)
+            ema = update_ema(state.extra["ema"], params, state.step + 1, ema_decay)
+            extra["ema"] = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), ema, state.extra["ema"]
+            )
         metrics |= {"skipped_steps": extra["skipped"]}
         metrics |= {f"load/{key}": load_LE for key, load_LE in load.items()}
         metrics |= {f"bias/{key}": bias_LE for key, bias_LE in bias.items()}
