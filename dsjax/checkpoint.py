@@ -9,6 +9,8 @@ had in memory. Others are `<step>.unverified` (not read back yet), `.deleted` (a
 
 import concurrent.futures
 import dataclasses
+import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -29,7 +31,7 @@ import tensorstore as ts
 
 from dsjax.checksum import checksums, host_checksum
 from dsjax.errors import InputError, RunError
-from dsjax.workdir import sync
+from dsjax.workdir import check_path, one_line, sync
 
 
 class CheckpointError(RunError):
@@ -81,14 +83,18 @@ class Checkpoints:
             attempts: after so many failures in a row saving is given up.
             retry_wait_s: how long `wait` waits before it tries again; twice as long each time.
             tell: given one line on what a person should know.
+
+        Raises:
+            InputError: if nothing can be saved under this path.
+            RunError: if the folder cannot be made.
         """
         if keep < 1 or attempts < 1:
             raise ValueError(f"keep is {keep} and attempts {attempts}; both must be at least 1")
-        # Orbax logs every file it opens, and a traceback of what we tell in one line.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._workdir = workdir
-        self._folder = Path(workdir).absolute() / "checkpoints"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        check_path(workdir)
+        _quiet()
+        self._workdir, self._folder = workdir, _folder_of(workdir)
+        with one_line(RunError, f"workdir {workdir} cannot be written"):
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._attempts, self._retry_wait_s = keep, attempts, retry_wait_s
         self._tell = tell
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -121,7 +127,7 @@ class Checkpoints:
         if step == self._good:
             return
         arrays = _by_name(state)
-        self._start(_Save(step, arrays, _json_copy(data), _manifest(arrays, data, meta)))
+        self._start(_Save(step, arrays, _json_copy(data), _manifest(step, arrays, data, meta)))
 
     def poll(self) -> CheckpointError | None:
         """Returns, once, what the last save failed with, if it has ended and nobody was told."""
@@ -155,7 +161,7 @@ class Checkpoints:
         self._worker.shutdown()
 
     def restore_newest(self, like: Any) -> Restored | None:
-        """Reads back the newest step that is whole, and moves aside those that are not.
+        """Reads back the newest step that is whole, and moves aside those that are damaged.
 
         Args:
             like: a tree of arrays or shapes: the names, shapes, dtypes and shardings wanted. The
@@ -166,9 +172,11 @@ class Checkpoints:
 
         Raises:
             InputError: if every step is damaged, or the newest whole one holds other arrays than
-                those wanted, the first of which is named.
+                those wanted, the first of which is named, or a step cannot be read for a reason
+                that says nothing about what it holds; that one keeps its name.
         """
-        self._tidy()
+        with one_line(InputError, f"{self._folder} cannot be tidied"):
+            self._tidy()
         wanted = _by_name(like)
         steps = _steps(self._folder)
         for step, older in itertools.zip_longest(steps, steps[1:]):
@@ -178,10 +186,16 @@ class Checkpoints:
                 _check_same(saved.arrays, wanted, f"checkpoint {step} of {self._workdir}")
                 state = _restore(folder, saved.arrays, like)
             except _Damaged as damage:
-                _move_aside(folder, "damaged")
+                told = f"checkpoint {step} {damage.says} ({damage})"
+                with one_line(InputError, f"{told}, and it cannot be renamed"):
+                    _move_aside(folder, "damaged")
                 rest = "it is the last one" if older is None else f"going back to {older}"
-                self._tell(f"checkpoint {step} is damaged ({damage}); {rest}")
+                self._tell(f"{told}; {rest}")
                 continue
+            except _Unreadable as failure:
+                raise InputError(
+                    f"checkpoint {step} of {self._workdir} {failure.says} ({failure})"
+                ) from failure
             self._good = step
             return Restored(step=step, state=state, data=saved.data, meta=saved.meta)
         if damaged := sorted(path.name for path in self._folder.glob("*.damaged*")):
@@ -195,23 +209,24 @@ class Checkpoints:
         """Moves every later step aside, so that a run goes on from this one.
 
         Raises:
-            InputError: if there is no such step, or it is damaged; nothing is moved then.
+            InputError: if there is no such step, or it is damaged or cannot be read; nothing is
+                moved then.
         """
         self._settle()
         _check_step(self._workdir, step)
         try:
             _read_back(self._folder / str(step))
-        except _Damaged as damage:
-            raise InputError(f"checkpoint {step} is damaged ({damage})") from damage
-        for later in _steps(self._folder):
-            if later > step:
-                _move_aside(self._folder / str(later), "abandoned")
+        except _Unreadable as failure:
+            raise InputError(f"checkpoint {step} {failure.says} ({failure})") from failure
+        with one_line(InputError, f"steps in {self._folder} cannot be renamed"):
+            for later in _steps(self._folder):
+                if later > step:
+                    _move_aside(self._folder / str(later), "abandoned")
         self._good = step
 
     # ------------------------------------------------------------------------------------- saving
 
     def _start(self, save: "_Save") -> None:
-        self._clear()  # again: after one array has failed, TensorStore goes on writing the others
         checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave({n: a for n, a in save.arrays.items() if 0 not in a.shape}),
@@ -220,6 +235,8 @@ class Checkpoints:
         )
         error: Exception | None = None
         try:
+            # Again: after one array has failed, TensorStore goes on writing the others.
+            self._clear()
             checkpointer.save(self._unverified(save.step), args=arguments)
         except Exception as refused:  # the disk already says no; it counts like a later failure
             error = refused
@@ -249,13 +266,13 @@ class Checkpoints:
             raise
         try:
             self._rotate(save.step)
-        except OSError as failure:  # the next save tries again
-            self._tell(f"old checkpoints in {self._folder} cannot be deleted: {failure.strerror}")
+        except (OSError, InputError) as failure:  # the next save tries again
+            self._tell(f"old checkpoints in {self._folder} cannot be deleted: {_reason(failure)}")
 
     def _clear(self) -> None:
         """Deletes what saves that failed have left."""
         for path in self._folder.glob("*.unverified*"):
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path, ignore_errors=True)
 
     def _unverified(self, step: int) -> Path:
         return self._folder / f"{step}.unverified"
@@ -265,13 +282,13 @@ class Checkpoints:
         whole = [step for step in _steps(self._folder) if step <= newest and self._is_whole(step)]
         for step in whole[self._keep :]:
             # Renamed first: a process that ends meanwhile leaves no half step under its number.
-            shutil.rmtree(_move_aside(self._folder / str(step), "deleted"))
+            _delete(_move_aside(self._folder / str(step), "deleted"))
 
     def _is_whole(self, step: int) -> bool:
         """Whether a step says what it holds; its arrays are not read."""
         try:
             _read_manifest(self._folder / str(step))
-        except _Damaged:
+        except _Unreadable:
             return False
         return True
 
@@ -298,21 +315,24 @@ class Checkpoints:
         return error
 
     def _newest(self) -> str:
-        step = next(filter(self._is_whole, _steps(self._folder)), None)
+        try:
+            step = next(filter(self._is_whole, _steps(self._folder)), None)
+        except InputError as error:
+            return str(error)
         return "there is no older one" if step is None else f"the newest good one is {step}"
 
     def _tidy(self) -> None:
         """Puts away what a process that was ended has left."""
         for path in sorted(self._folder.iterdir()):
             name = path.name
-            if not path.is_dir():
+            if not path.is_dir() and not path.is_symlink():
                 self._tell(f"{path} is no checkpoint; it is left alone")
             elif ".orbax-checkpoint-tmp" in name or re.fullmatch(r"\d+\.deleted(-\d+)?", name):
-                shutil.rmtree(path)
+                _delete(path)
             elif re.fullmatch(r"\d+\.unverified", name):
                 # All of it was written; whether rightly is found out in restoring.
                 final = path.with_suffix("")
-                shutil.rmtree(path) if os.path.lexists(final) else os.rename(path, final)
+                _delete(path) if os.path.lexists(final) else os.rename(path, final)
             elif not _is_step(path) and not re.fullmatch(r"\d+\.(damaged|abandoned)(-\d+)?", name):
                 self._tell(f"{path} is no checkpoint; it is left alone")
 
@@ -337,10 +357,11 @@ def read_params(
         (the tree filled, the step).
 
     Raises:
-        InputError: if there is no such step, it is damaged, or it holds other arrays than those
-            asked for, the first of which is named.
+        InputError: if there is no such step, it is damaged or cannot be read, or it holds other
+            arrays than those asked for, the first of which is named.
     """
-    folder = Path(workdir).absolute() / "checkpoints"
+    check_path(workdir)
+    folder = _folder_of(workdir)
     if step is not None:
         _check_step(workdir, step)
     wanted, damaged = _by_name(like), {}
@@ -354,13 +375,12 @@ def read_params(
             saved = _read_manifest(folder / str(here))
             _check_part(saved.arrays, wanted, f"checkpoint {here} of {workdir}")
             tree = _restore(folder / str(here), saved.arrays, like)
-        except _Damaged as damage:
-            if step is not None:
-                raise InputError(
-                    f"checkpoint {step} of {workdir} is damaged ({damage})"
-                ) from damage
-            damaged[here] = f"checkpoint {here} of {workdir} is damaged ({damage})"
-            if (folder / str(here)).exists():
+        except _Unreadable as failure:
+            damaged[here] = f"checkpoint {here} of {workdir} {failure.says} ({failure})"
+            there = os.path.lexists(folder / str(here))  # or the run has deleted it meanwhile
+            if step is not None or (there and not isinstance(failure, _Damaged)):
+                raise InputError(damaged[here]) from failure
+            if there:
                 tell(f"{damaged[here]}; going back to an older one")
             continue
         return tree, here
@@ -372,8 +392,16 @@ def read_params(
 # ------------------------------------------------------------------------------ what lies on disk
 
 
-class _Damaged(Exception):
-    """A step does not hold what was saved; the message says what is wrong, without the step."""
+class _Unreadable(Exception):
+    """A step could not be read, whatever it holds; the message says why, without the step."""
+
+    says = "cannot be read"
+
+
+class _Damaged(_Unreadable):
+    """A step does not hold what was saved: that is certain."""
+
+    says = "is damaged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,14 +436,14 @@ class _Save:
         return any(isinstance(a, jax.Array) and a.is_deleted() for a in self.arrays.values())
 
 
-def _manifest(arrays: dict[str, Any], data: dict, meta: dict) -> dict:
+def _manifest(step: int, arrays: dict[str, Any], data: dict, meta: dict) -> dict:
     """The item `meta`: the caller's, and how to tell that nothing has changed on disk."""
     sums = checksums(arrays)
     told = {
         name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[name]}
         for name, array in arrays.items()
     }
-    content = {"meta": meta, "arrays": told, "data_digest": _digest(data)}
+    content = {"step": step, "meta": meta, "arrays": told, "data_digest": _digest(data)}
     return _json_copy({"content": content, "digest": _digest(content)})
 
 
@@ -423,23 +451,31 @@ def _read_manifest(folder: Path) -> _Saved:
     """Reads what a step says that it holds.
 
     Raises:
-        _Damaged: if it does not say so, or not what it said when it was saved.
+        _Damaged: if it does not say so, or not what it said when it was saved, or where.
+        _Unreadable: if nobody can know.
     """
-    items = {}
+    items: dict[str, Any] = {}
     for name in ("state", "data", "meta"):
-        if not (folder / name).is_dir():
-            raise _Damaged(f"{name} is missing")
-    for name in ("data", "meta"):
         try:
-            items[name] = json.loads((folder / name / "metadata").read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+            os.listdir(folder / name)
+            if name != "state":
+                items[name] = json.loads((folder / name / "metadata").read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _Damaged(f"{name} is missing") from error
+        except OSError as error:
+            raise _Unreadable(f"{name}: {_reason(error)}") from error
+        except (ValueError, RecursionError) as error:
             raise _Damaged(f"{name} cannot be read: {_reason(error)}") from error
+    named = int(folder.name.partition(".")[0])
     try:
         content = items["meta"]["content"]
         if _digest(content) != items["meta"]["digest"]:
             raise _Damaged("meta: checksum differs")
         if _digest(items["data"]) != content["data_digest"]:
             raise _Damaged("data: checksum differs")
+        # Those that were saved before steps were written down do not say.
+        if (step := content.get("step", named)) != named:
+            raise _Damaged(f"holds step {step}")
     except (KeyError, TypeError) as error:
         raise _Damaged("meta is not what was saved") from error
     arrays = {
@@ -458,7 +494,8 @@ def _read_arrays(
     tasks that it gave up.
 
     Raises:
-        _Damaged: naming the first that cannot be read or differs from what was saved.
+        _Damaged: naming the first that differs from what was saved, or is not there.
+        _Unreadable: naming the first that cannot be read for another reason.
     """
     context = ts.Context()  # a new one: nothing comes from the memory of an earlier reading
     for name in names:
@@ -474,13 +511,28 @@ def _read_arrays(
             if (found := f"{on_disk.dtype.name} {list(on_disk.shape)}") != _describe(told):
                 raise _Damaged(f"{name} is {found} instead of {_describe(told)}")
             array = on_disk.read().result()
-        except (MemoryError, _Damaged):
+        except _Damaged:
             raise
         except Exception as error:
-            raise _Damaged(f"{name}: {_reason(error)}") from error
+            kind = _Damaged if _is_damage(error) else _Unreadable
+            raise kind(f"{name}: {_reason(error)}") from error
         if host_checksum(array) != told.checksum:
             raise _Damaged(f"{name}: checksum differs")
         yield name, array
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error of TensorStore's proves that a file is missing or does not hold an array.
+
+    All else, like no permission, too many open files or no memory, may be gone the next time.
+    """
+    text = str(error)
+    if (system := re.search(r"os_error_code='(\d+)'", text)) is not None:
+        return int(system[1]) == errno.ENOENT
+    if (code := re.match("[A-Z_]+(?=: )", text)) is None:  # INVALID_ARGUMENT, for one
+        return "Error decoding" in text
+    # The third for a file cut short, the last for what is no compressed data or no known format.
+    return code[0] in ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
 
 
 def _read_back(folder: Path) -> None:
@@ -488,6 +540,7 @@ def _read_back(folder: Path) -> None:
 
     Raises:
         _Damaged: if it is not what was saved.
+        _Unreadable: if nobody can know.
     """
     saved = _read_manifest(folder).arrays
     for _ in _read_arrays(folder, saved, saved):
@@ -498,7 +551,7 @@ def _restore(folder: Path, saved: dict[str, _Array], like: Any) -> Any:
     """Reads the tree `like` onto the devices where it is wanted.
 
     Raises:
-        _Damaged: as `_read_arrays`.
+        _Damaged, _Unreadable: as `_read_arrays`.
     """
     wanted = _by_name(like)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -567,18 +620,27 @@ def _digest(content: Any) -> str:
 # ------------------------------------------------------------------------------------------ folders
 
 
+def _folder_of(workdir: str | os.PathLike) -> Path:
+    return Path(os.path.realpath(workdir)) / "checkpoints"  # TensorStore refuses ".."
+
+
 def _steps(folder: Path) -> list[int]:
     """The steps of a folder by their names, newest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((int(path.name) for path in found if _is_step(path)), reverse=True)
+    try:
+        with os.scandir(folder) as found:
+            return sorted((int(path.name) for path in found if _is_step(path)), reverse=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _is_step(path: Path) -> bool:
+def _is_step(path: Path | os.DirEntry[str]) -> bool:
     return re.fullmatch(r"0|[1-9][0-9]*", path.name) is not None and path.is_dir()
 
 
 def _check_step(workdir: str | os.PathLike, step: int) -> None:
-    steps = _steps(Path(workdir) / "checkpoints")
+    steps = _steps(_folder_of(workdir))
     if not steps:
         raise InputError(f"{workdir} holds no checkpoint")
     if step not in steps:
@@ -595,7 +657,34 @@ def _move_aside(path: Path, suffix: str) -> Path:
     return target
 
 
+def _delete(path: Path, *, ignore_errors: bool = False) -> None:
+    """Deletes a folder; of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
+# --------------------------------------------------------------------------------- what is told
+
+
 def _reason(error: BaseException) -> str:
-    """What an error says in its first line, without the paths that TensorStore puts before it."""
+    """What an error says in its first line, without what TensorStore puts around it."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rsplit('": ', 1)[-1][:200]
+    text = re.split(r" \[\w+='", text.splitlines()[0])[0]
+    return text.rsplit('": ', 1)[-1][:200]
+
+
+@functools.cache  # once in a process
+def _quiet() -> None:
+    """Leaves it to us to tell what fails, in one line: Orbax prints pages."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # TensorStore ends a write that Orbax gave up, with its loop, when another had failed.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            others(unraisable)
+
+    sys.unraisablehook = hook

@@ -14,12 +14,12 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dsjax.config import Config
-from dsjax.errors import InputError
+from dsjax.errors import InputError, RunError
 from dsjax.overrides import first_difference, fixed, from_json, to_json
 
 FORMAT = 1
@@ -28,6 +28,13 @@ LOCK_FILE = ".lock"
 _PREPARING = ".preparing"
 _TOKENIZER = "tokenizer"
 _TEMPORARY = f".{CONFIG_FILE}.tmp"
+# What TensorStore or Orbax reads otherwise, and how. A URL has lost one slash once it is a path.
+_NOT_IN_A_PATH = {
+    ":/": "as in a URL",
+    "[": "which begins a pattern",
+    "]": "which ends a pattern",
+    "\\": "which counts as a slash",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +79,12 @@ def read_run(workdir: str | os.PathLike) -> Run:
 
 
 def write_run(workdir: str | os.PathLike, run: Run) -> None:
-    """Writes `dsjax.json`, all of it or nothing, and on disk on return; makes the folder."""
+    """Writes `dsjax.json`, all of it or nothing, and on disk on return; makes the folder.
+
+    Raises:
+        RunError: if the disk refuses.
+    """
     folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
         "seed": run.seed,
@@ -82,10 +92,34 @@ def write_run(workdir: str | os.PathLike, run: Run) -> None:
         "config": to_json(run.config),
     }
     temporary = folder / _TEMPORARY
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, folder / CONFIG_FILE)
-    sync(folder)
+    with one_line(RunError, f"workdir {folder} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, folder / CONFIG_FILE)
+        sync(folder)
+
+
+def check_path(workdir: str | os.PathLike) -> None:
+    """Refuses a path under which Orbax and TensorStore cannot write, or write elsewhere.
+
+    Raises:
+        InputError: naming what is in the way.
+    """
+    path = os.path.realpath(workdir)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = path.encode(errors="backslashreplace").decode()
+        raise InputError(
+            f"workdir {shown}: the path is not UTF-8, so no checkpoint fits"
+        ) from error
+    for mark, why in _NOT_IN_A_PATH.items():
+        if mark in f"{path}/":
+            raise InputError(
+                f"workdir {workdir}: there is a {mark} in {path}, {why}; no checkpoint can be "
+                "written there"
+            )
 
 
 def check_workdir(workdir: str | os.PathLike, run: Run) -> bool:
@@ -95,12 +129,14 @@ def check_workdir(workdir: str | os.PathLike, run: Run) -> bool:
         Whether the folder already holds this very run.
 
     Raises:
-        InputError: if the folder cannot be written, holds files of something else, or a run of
-            another configuration or seed, whose first differing field is named.
+        InputError: if the folder or its checkpoints cannot be written, or it holds files of
+            something else, or a run of another configuration or seed, whose first differing
+            field is named.
     """
     folder = Path(workdir)
     if not str(workdir).strip() or "\0" in str(workdir):
         raise InputError(f"workdir {str(workdir)!r} is no path")
+    check_path(workdir)
     _check_writable(folder, folder)
     if (folder / CONFIG_FILE).exists():
         there = _identity(read_run(folder))
@@ -157,23 +193,25 @@ def prepare_workdir(
 
     Raises:
         InputError: as `check_workdir`.
+        RunError: if the disk refuses.
     """
     folder = Path(workdir)
     preparing = folder / _PREPARING
     known = check_workdir(folder, run)
-    if known:
-        if read_run(folder) != run:
+    with one_line(RunError, f"workdir {folder} cannot be written"):
+        if known:
+            if read_run(folder) != run:
+                write_run(folder, run)
+        else:
+            if preparing.exists():
+                shutil.rmtree(folder / _TOKENIZER, ignore_errors=True)
+            preparing.mkdir(parents=True, exist_ok=True)
+            save_tokenizer(folder / _TOKENIZER)
+            for path in sorted((folder / _TOKENIZER).rglob("*")):
+                sync(path)
             write_run(folder, run)
-    else:
         if preparing.exists():
-            shutil.rmtree(folder / _TOKENIZER, ignore_errors=True)
-        preparing.mkdir(parents=True, exist_ok=True)
-        save_tokenizer(folder / _TOKENIZER)
-        for path in sorted((folder / _TOKENIZER).rglob("*")):
-            sync(path)
-        write_run(folder, run)
-    if preparing.exists():
-        preparing.rmdir()
+            preparing.rmdir()
     return known
 
 
@@ -247,6 +285,15 @@ def _holder(content: bytes) -> str:
         return f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
     except (ValueError, KeyError, TypeError):  # it has only just locked
         return "another process"
+
+
+@contextlib.contextmanager
+def one_line(kind: type[InputError | RunError], what: str) -> Iterator[None]:
+    """Tells what the operating system refuses as an error of ours: `<what>: <reason>`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}") from error
 
 
 def sync(path: Path) -> None:

@@ -27,6 +27,8 @@ def _body(values: flags.FlagValues) -> None:
     if not values.workdir:
         raise InputError("--workdir is needed: the folder of a run")
     lm = load_pretrained(values.workdir, step=values.step, overrides=values.set)
+    if values.preset is not None:
+        command.check_preset(values, lm.config)
     assert lm.tokenizer is not None  # every run has one
     if values.repeats < 1:
         raise InputError(f"--repeats is {values.repeats}; it must be at least 1")

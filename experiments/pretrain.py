@@ -18,7 +18,7 @@ from dsjax.errors import InputError
 from dsjax.plan.count import parameter_counts
 from dsjax.train.clock import process_age_s
 from dsjax.train.loop import pretrain
-from dsjax.train.pictures import plot_schedule
+from dsjax.train.pictures import check_picture, plot_schedule
 from dsjax.train.recipe import describe, schedule_rows
 from experiments import command
 
@@ -77,12 +77,14 @@ def _body(values: flags.FlagValues) -> None:
 
 
 def _dry_run(config: Config, name: str, picture: str | None) -> None:
+    if picture is not None:
+        check_picture(picture)
     counts = parameter_counts(config)
     print(f"{name}: {counts.total:,} parameters, {counts.active:,} active, MTP {counts.mtp:,}")
     print(describe(config))
     if picture is not None:
         drawn = plot_schedule(picture, schedule_rows(config))
-        print("no picture: matplotlib (the extra plot) is missing" if drawn is None else drawn)
+        print(drawn or "no picture: matplotlib (the extra plot) is missing, or the disk is full")
 
 
 def main(argv: list[str]) -> int:

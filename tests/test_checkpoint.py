@@ -28,7 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import dsjax.checkpoint
 from dsjax.checkpoint import CheckpointError, Checkpoints, read_params
 from dsjax.checksum import checksums, host_checksum
-from dsjax.errors import InputError
+from dsjax.errors import InputError, RunError
 from dsjax.overrides import override
 from dsjax.presets import preset
 from dsjax.workdir import (
@@ -280,6 +280,23 @@ def test_another_mesh(tmp_path, kind):
     assert checkpoints.told == []
 
 
+def test_a_path_through_the_folder_above(three, tmp_path, monkeypatch):
+    """TensorStore refuses `..`, which is no damage."""
+    (tmp_path / "beside").mkdir()
+    monkeypatch.chdir(tmp_path / "beside")
+    assert restored("../run") == (3, [])
+    with opened("../run", keep=4) as checkpoints:
+        save(checkpoints, 4)
+        checkpoints.wait()
+        assert checkpoints.told == []
+    assert restored("../run") == (4, [])
+    assert names(three) == {"1", "2", "3", "4"}
+    for step in (None, 4):
+        tree, read = read_params("../run", shapes(state_of(0)), step)
+        assert_same(tree, state_of(4))
+        assert read == 4
+
+
 # ------------------------------------------------------------------------------------------- damage
 
 
@@ -367,6 +384,11 @@ def without_leaf(workdir):
         checkpointer.save(state, {"step": jnp.int32(3)})
 
 
+def renamed(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    shutil.copytree(workdir / "checkpoints" / "2", workdir / "checkpoints" / "3")
+
+
 DAMAGE = {
     "stale values": (stale_values, r"[\w.]+: checksum differs"),
     "array file truncated": (lambda w: cut(array_file(w)), r"[\w.]+: .+"),
@@ -404,6 +426,7 @@ DAMAGE = {
         ],
         r"state is missing",
     ),
+    "folder renamed": (renamed, r"holds step 2"),
     "leaf missing": (without_leaf, r"[\w.]+( is missing|: .+)"),
 }
 
@@ -498,6 +521,141 @@ def test_a_device_without_room_is_no_damage(three, monkeypatch):
     with opened(three) as checkpoints, pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         checkpoints.restore_newest(shapes(state_of(0)))
     assert names(three) == {"1", "2", "3"}
+
+
+def tensorstore_fails(message):
+    def fail(*args, **kwargs):
+        raise ValueError(message)
+
+    return lambda patch: patch.setattr(dsjax.checkpoint.ts, "open", fail)
+
+
+def system_fails(code, name):
+    """The call `os.<name>`, or the reading of a file, fails for step 3 alone."""
+
+    def apply(patch):
+        where, call = (pathlib.Path, "read_bytes") if name == "read_bytes" else (os, name)
+        done = getattr(where, call)
+
+        def fail(path, *args):
+            if f"{os.sep}3{os.sep}" in str(path):
+                raise OSError(code, os.strerror(code), str(path))
+            return done(path, *args)
+
+        patch.setattr(where, call, fail)
+
+    return apply
+
+
+NO_DAMAGE = {
+    "no permission": (
+        tensorstore_fails(
+            'PERMISSION_DENIED: Error opening "auto" driver: Failed to open: "/a/manifest.ocdbt": '
+            "Permission denied [tensorstore_spec='{}'] [os_error_code='13']"
+        ),
+        r"bias\.moe: Permission denied",
+    ),
+    "no memory": (tensorstore_fails("RESOURCE_EXHAUSTED: no room"), r"bias\.moe: .*no room"),
+    "server gone": (tensorstore_fails("UNAVAILABLE: try again"), r"bias\.moe: .*try again"),
+    "disk error": (
+        tensorstore_fails("UNKNOWN: Input/output error [os_error_code='5']"),
+        r"bias\.moe: .*Input/output error",
+    ),
+    "a folder in the way": (
+        tensorstore_fails("FAILED_PRECONDITION: Not a directory [os_error_code='20']"),
+        r"bias\.moe: .*Not a directory",
+    ),
+    "a path that it refuses": (
+        tensorstore_fails("Invalid file path"),
+        r"bias\.moe: Invalid file path",
+    ),
+    "manifest, files": (system_fails(errno.EMFILE, "read_bytes"), r"data: Too many open files"),
+    "manifest, permission": (system_fails(errno.EACCES, "read_bytes"), r"data: Permission denied"),
+    "item, permission": (system_fails(errno.EACCES, "listdir"), r"state: Permission denied"),
+    "item, stale": (system_fails(errno.ESTALE, "listdir"), r"state: Stale file handle"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_DAMAGE)
+def test_what_cannot_be_read_is_not_damaged(three, kind, monkeypatch):
+    """It is told, nothing is renamed, and nothing older is taken for the newest."""
+    fails, reason = NO_DAMAGE[kind]
+    with monkeypatch.context() as patch, opened(three) as checkpoints:
+        fails(patch)
+        for read in (
+            lambda: checkpoints.restore_newest(shapes(state_of(0))),
+            lambda: checkpoints.rewind(3),
+            lambda: read_params(three, shapes(state_of(0))),
+            lambda: read_params(three, shapes(state_of(0)), 3),
+        ):
+            with pytest.raises(InputError) as error:
+                read()
+            message = rf"checkpoint 3( of {re.escape(str(three))})? cannot be read \({reason}\)"
+            assert re.fullmatch(message, str(error.value))
+        assert checkpoints.told == []
+    assert names(three) == {"1", "2", "3"}
+    assert restored(three) == (3, [])
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(three, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with opened(three) as checkpoints:
+        monkeypatch.setattr(os, "scandir", refuse)
+        for read in (
+            lambda: checkpoints.rewind(3),
+            lambda: read_params(three, shapes(state_of(0))),
+        ):
+            with pytest.raises(InputError, match=r"checkpoints cannot be read: Permission denied$"):
+                read()
+
+
+def test_a_folder_that_cannot_be_tidied(three, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (three / "checkpoints" / "4.unverified").mkdir()
+    with opened(three) as checkpoints:
+        monkeypatch.setattr(os, "rename", refuse)
+        with pytest.raises(InputError, match=r"checkpoints cannot be tidied: Read-only file sys"):
+            checkpoints.restore_newest(shapes(state_of(0)))
+        (three / "checkpoints" / "4.unverified").rmdir()
+        cut(array_file(three))
+        with pytest.raises(InputError, match=r"3 is damaged \(.*it cannot be renamed: Read-only"):
+            checkpoints.restore_newest(shapes(state_of(0)))
+
+
+def test_links_among_the_steps(three):
+    """A link tells another step than it holds; deleting one deletes nothing behind it."""
+    folder = three / "checkpoints"
+    (folder / "77").symlink_to("2")
+    for name in ("8.deleted", "3.unverified"):
+        (folder / name).symlink_to("2")
+    (folder / "9.deleted").symlink_to("nowhere")
+    step, told = restored(three)
+    assert (step, told) == (3, ["checkpoint 77 is damaged (holds step 2); going back to 3"])
+    assert names(three) == {"1", "2", "3", "77.damaged"}
+    (folder / "1").rename(three / "1")
+    (folder / "1").symlink_to("../1")  # its own number: it is that step
+    (folder / "5.unverified").symlink_to("2")
+    with opened(three, keep=3) as checkpoints:
+        checkpoints.restore_newest(shapes(state_of(0)))
+        (folder / "6.unverified").symlink_to("2")
+        save(checkpoints, 4)
+        checkpoints.wait()
+    assert checkpoints.told == ["checkpoint 5 is damaged (holds step 2); going back to 3"]
+    assert names(three) == {"2", "3", "4", "5.damaged", "77.damaged"}
+    assert (three / "1" / "meta").is_dir()
+
+
+def test_a_step_saved_before_steps_were_written_down_is_whole(three):
+    path = three / "checkpoints" / "3" / "meta" / "metadata"
+    saved = json.loads(path.read_text())
+    del saved["content"]["step"]
+    saved["digest"] = dsjax.checkpoint._digest(saved["content"])
+    path.write_text(json.dumps(saved))
+    assert restored(three) == (3, [])
 
 
 # --------------------------------------------------------------------------------------- other runs
@@ -859,6 +1017,54 @@ def test_a_full_disk(tmp_path):
         assert names(small) == {"3"}
 
 
+FILLER = f"""
+import sys
+import jax.numpy as jnp
+import numpy as np
+from dsjax.checkpoint import CheckpointError, Checkpoints
+
+{inspect.getsource(many)}
+checkpoints = Checkpoints(sys.argv[1], keep=1, retry_wait_s=0.01)
+for step in (1, 2, 3):
+    checkpoints.save(step, many(step), data={{}}, meta={{}})
+try:
+    checkpoints.wait()
+except CheckpointError as error:
+    print(error, file=sys.stderr)
+checkpoints.close()
+"""
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount")
+def test_a_full_disk_is_told_in_our_lines_alone(tmp_path):
+    with mounted(tmp_path / "small", "size=8m") as small:
+        done = subprocess.run(
+            [sys.executable, "-c", FILLER, small], capture_output=True, text=True, check=True
+        )
+    lines = done.stderr.splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        assert re.match(r"checkpoint [23] (was not|could not be) saved \(.*No space left", line)
+
+
+def test_what_is_not_orbax_s_is_still_printed(tmp_path, monkeypatch, capsys):
+    """Only the callbacks into a loop that it has closed are not."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    dsjax.checkpoint._quiet.__wrapped__()
+
+    class Broken:
+        def __init__(self, message):
+            self.message = message
+
+        def __del__(self):
+            raise RuntimeError(self.message)
+
+    Broken("Event loop is closed")
+    assert capsys.readouterr().err == ""
+    Broken("a defect of ours")
+    assert "RuntimeError: a defect of ours" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------- kill -9
 
 SAVER = f"""
@@ -1053,6 +1259,55 @@ def test_a_folder_that_cannot_be_written(tmp_path):
                 WorkdirLock(workdir),
             ):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gs://bucket/run", "there is a :/ in .*, as in a URL"),
+        ("gs:", "there is a :/ in .*, as in a URL"),
+        ("run[1]", r"there is a \[ in .*, which begins a pattern"),
+        ("run 1]", r"there is a \] in .*, which ends a pattern"),
+        ("old\\run", r"there is a \\ in .*, which counts as a slash"),
+        ("run\udcff", "the path is not UTF-8"),
+    ],
+)
+def test_a_path_that_checkpoints_cannot_have_is_refused(tmp_path, name, reason, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "target").mkdir()
+    for refuse in (
+        lambda: check_workdir(name, Run(config=nano(), seed=3)),
+        lambda: check_workdir(os.path.join("target", name, "run"), Run(config=nano(), seed=3)),
+        lambda: Checkpoints(name, keep=1),
+        lambda: read_params(name, {}),
+    ):
+        with pytest.raises(InputError) as error:
+            refuse()
+        line = str(error.value)
+        assert re.fullmatch(rf"workdir .*: {reason}[,;] .*", line)
+        line.encode()  # it can be printed
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    if "/" not in name:  # a link's own name does not matter, where it leads to does
+        (tmp_path / name).symlink_to("target")
+        check_workdir(name, Run(config=nano(), seed=3))
+
+
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "replace"])
+def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch, call):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = Run(config=nano(), seed=3)
+    monkeypatch.setattr(os, call, full)
+    line = rf"^workdir {tmp_path} cannot be written: No space left on device$"
+    with pytest.raises(RunError, match=line):
+        prepared(tmp_path, run)
+    if call == "mkdir":
+        with pytest.raises(RunError, match=line):
+            Checkpoints(tmp_path, keep=1)
+    else:
+        with pytest.raises(RunError, match=line):
+            write_run(tmp_path, run)
 
 
 # ---------------------------------------------------------------------------------------- the lock

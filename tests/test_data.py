@@ -1140,6 +1140,9 @@ def signalled():
 
 
 class SignalledWhileStarting:
+    def __call__(self, text):
+        return int(text)
+
     def __reduce__(self):
         return signalled, ()
 

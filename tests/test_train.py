@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import pathlib
+import shutil
+import signal
 
 import chex
 import jax
@@ -15,9 +17,16 @@ import optax
 import pytest
 
 from dsjax.checkpoint import read_params
-from dsjax.config import OptimizerConfig, PhaseConfig, ScheduleConfig, SourceConfig, constant
+from dsjax.config import (
+    ContextStageConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    ScheduleConfig,
+    SourceConfig,
+    constant,
+)
 from dsjax.data import DataError
-from dsjax.errors import RunError
+from dsjax.errors import InputError, RunError
 from dsjax.model.router import health
 from dsjax.model.transformer import build, split
 from dsjax.precision import Precision
@@ -29,6 +38,7 @@ from dsjax.train.optimizer import adamw, decays
 from dsjax.train.schedule import value_at
 from dsjax.train.state import abstract_state, create, fresh_state
 from dsjax.train.step import make_train_step, update_ema
+from dsjax.workdir import read_run
 from sharding.rules import AxisRules
 from tests.helpers import (
     FLOAT32,
@@ -819,6 +829,122 @@ def test_too_many_of_them_in_a_row_end_the_run(runs):
     assert runs["hopeless_rows"][-1]["skipped_steps"] == 4
     assert runs["hopeless"]["step"] == STEPS
     assert math.isfinite(runs["hopeless"]["after"]["eval_loss"])
+
+
+# ---- runs of two stages, stopped at their borders -----------------------------------------------
+
+
+def staged_config(text):
+    """Four steps of 64 tokens a row and three of 128, on a folder of text."""
+    data = dataclasses.replace(
+        BASE.data, sources=(SourceConfig(path=f"{text}/*.txt"),), held_out_fraction=0.2
+    )
+    stage = ContextStageConfig(seq_len=128, batch_size=2, steps=3, learning_rate=1e-3)
+    train = dataclasses.replace(
+        BASE.train,
+        total_tokens=4 * BASE.train.tokens_per_step,
+        context_stages=(stage,),
+        eval_every_steps=50,
+        save_every_steps=50,
+    )
+    return dataclasses.replace(BASE, data=data, train=train)
+
+
+def asking_to_stop(number):
+    """A signal comes while this batch is drawn."""
+
+    def change(call, batch):
+        if call == number:
+            signal.raise_signal(signal.SIGTERM)
+        return batch
+
+    return change
+
+
+def make_staged_runs(folder):
+    """Unbroken; stopped in the last step of the first stage, and of the last; the same resumed."""
+    text, told = folder / "text", {}
+    text.mkdir()
+    words = np.random.default_rng(0)
+    for i in range(30):
+        (text / f"{i:02}.txt").write_text(" ".join(words.choice(list("abcdefgh"), 400)))
+    config = staged_config(text)
+
+    def run(name, change=None, **settings):
+        with pytest.MonkeyPatch.context() as patch:
+            if change is not None:
+                patch.setattr(loop, "_draw", drawing(change))
+            result = loop.pretrain(config, str(folder / name), seed=2**32 - 1, **settings)
+        return dataclasses.asdict(result)
+
+    told["unbroken"] = run("unbroken")
+    told["stopped at the border"] = run("stopped", asking_to_stop(4))
+    shutil.copytree(folder / "stopped", folder / "changed")
+    told["stopped at the end"] = run("stopped", asking_to_stop(3))
+    told["finished"] = run("stopped")
+    with open(text / "07.txt", "a") as file:
+        file.write("a line more")
+    with pytest.raises(InputError) as caught:
+        run("changed")
+    told["changed"] = str(caught.value)
+    return told | {"folder": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def staged_runs(once):
+    return once("runs of two stages", make_staged_runs)
+
+
+def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(staged_runs):
+    """It is not swallowed, nor is the next stage begun; and the last one is evaluated later."""
+    for name, step in (("stopped at the border", 4), ("stopped at the end", 7)):
+        assert staged_runs[name]["stopped_by"] == "SIGTERM"
+        assert staged_runs[name]["step"] == step
+        assert staged_runs[name]["after"] is None
+    assert staged_runs["unbroken"]["stopped_by"] is None
+    assert staged_runs["finished"]["after"] == staged_runs["unbroken"]["after"]
+
+
+def test_a_run_stopped_at_its_borders_equals_an_unbroken_one(staged_runs):
+    """The evaluation of a stage's end, which the signal kept from being made, too."""
+    folder = pathlib.Path(staged_runs["folder"])
+    wanted, rows = (numbers_of(read_metrics(folder / name)) for name in ("unbroken", "stopped"))
+    assert rows == wanted
+    assert [row["step"] for row in wanted if "eval_loss" in row] == [0, 4, 7]
+    assert [row["seq_len"] for row in wanted if "seq_len" in row] == [64] * 4 + [128] * 3
+    like = loop._as_dict(abstract_state(read_run(folder / "unbroken").config, AxisRules()))
+    states = [read_params(folder / name, like)[0] for name in ("unbroken", "stopped")]
+    chex.assert_trees_all_equal(*states)
+
+
+def test_changed_text_is_refused_at_a_stage_border_too(staged_runs):
+    text = pathlib.Path(staged_runs["folder"], "text")
+    assert staged_runs["changed"] == (
+        f"cannot resume the data: the text of '{text}/*.txt' is not what the run was trained on"
+    )
+
+
+def test_a_run_begins_with_the_weights_of_another(staged_runs, tmp_path):
+    """It keeps the step that it began with; another model is refused with nothing written."""
+    other = pathlib.Path(staged_runs["folder"], "unbroken")
+    config = dataclasses.replace(
+        staged_config(other.parent / "text"),
+        train=dataclasses.replace(BASE.train, total_tokens=BASE.train.tokens_per_step),
+    )
+    result = loop.pretrain(config, tmp_path / "new", init=other)
+    assert result.before["eval_loss"] < staged_runs["unbroken"]["before"]["eval_loss"] - 0.1
+    assert read_run(tmp_path / "new").init == f"{other.resolve()}@7"
+    again = loop.pretrain(config, tmp_path / "new", init=f"{other}/../unbroken")
+    assert again.after == result.after
+    with pytest.raises(InputError, match=r"holds another run; init: '.*@7' there, None here"):
+        loop.pretrain(config, tmp_path / "new")
+
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, embed_dim=48))
+    with pytest.raises(InputError, match=r"has shape .*, expected"):
+        loop.pretrain(wider, tmp_path / "wider", init=other)
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        loop.pretrain(config, tmp_path / "nothing", init=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_rows_tell_the_schedules_and_the_health(runs):

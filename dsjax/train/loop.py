@@ -262,12 +262,14 @@ class _Trainer:
             with self.clock.waiting():
                 batch = _draw(corpus, batch_size // micro_batch_size)
             progress = stage.progress(self.step)
-            self.profiler.before(self.step + 1)
+            with self.clock.profiling():
+                self.profiler.before(self.step + 1)
             self.state, metrics = train_step(
                 self.state, batch, progress=progress, micro_batch_size=micro_batch_size
             )
             row = jax.device_get(metrics)
-            self.profiler.after(self.step + 1)
+            with self.clock.profiling():
+                self.profiler.after(self.step + 1)
             self.step += 1
             self.tokens += batch_size * train.seq_len
             finite = math.isfinite(row["loss_total"]) and math.isfinite(row["grad_norm"])
