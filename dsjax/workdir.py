@@ -101,7 +101,7 @@ def write_run(workdir: str | os.PathLike, run: Run) -> None:
 
 
 def check_path(workdir: str | os.PathLike) -> None:
-    """Refuses a path under which Orbax and TensorStore cannot write, or write elsewhere.
+    """Refuses a path under which Orbax and TensorStore cannot write, or not read it back.
 
     Raises:
         InputError: naming what is in the way.
@@ -118,7 +118,7 @@ def check_path(workdir: str | os.PathLike) -> None:
         if mark in f"{path}/":
             raise InputError(
                 f"workdir {workdir}: there is a {mark} in {path}, {why}; no checkpoint can be "
-                "written there"
+                "kept there"
             )
 
 
