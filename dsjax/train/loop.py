@@ -133,9 +133,11 @@ def pretrain(
             state = _first_state(run, plan[0].config, weights)
         if known:  # only now is it certain that the run can go on
             prepare_workdir(workdir, run, tokenizer.save)
-        trainer = _Trainer(run, plan, workdir, tokenizer, checkpoints, stop, entered - age_s)
+        spent_s = time.monotonic() - entered + age_s
+        trainer = _Trainer(
+            run, plan, workdir, tokenizer, checkpoints, stop, state, restored, spent_s
+        )
         stack.callback(trainer.close)
-        trainer.start(state, restored)
         return trainer.go(corpus, number, stop_at_step)
 
 
@@ -155,31 +157,41 @@ class _Trainer:
         tokenizer: Tokenizer,
         checkpoints: Checkpoints,
         stop: StopRequest,
-        started: float,
+        state: TrainState,
+        restored: Restored | None,
+        spent_s: float,
     ):
-        self.run, self.plan, self.workdir, self.tokenizer = run, plan, workdir, tokenizer
-        self.checkpoints, self.stop, self.started = checkpoints, stop, started
-        self.profiler = Profiler(workdir, run.config.train.profile_steps)
-        device = jax.devices()[0]
-        self.peak = peak_flops_per_s(device, run.config.precision.compute_dtype)
-        if device.platform != "cpu":  # virtual ones share the cores
-            self.peak *= jax.device_count()
+        """Takes up where the state is.
 
-    def start(self, state: TrainState, restored: Restored | None) -> None:
-        """Takes up where the state is; from here on the run's files are written."""
+        Args:
+            run: what is trained.
+            plan: its stages.
+            workdir: its folder, which is written from here on.
+            tokenizer: its tokenizer.
+            checkpoints: of its folder.
+            stop: asks it to stop.
+            state: what to go on from.
+            restored: where that came from; None for a first state.
+            spent_s: what this process has spent already.
+        """
+        self.run, self.plan, self.workdir, self.tokenizer = run, plan, workdir, tokenizer
+        self.checkpoints, self.stop = checkpoints, stop
         self.state, self.step, self.tokens = state, 0, 0
         self.before: dict[str, float] | None = None
         if restored is not None:
             self.step, self.tokens = restored.step, restored.meta["tokens"]
             self.before = restored.meta["before"]
-        self.writer = MetricsWriter(self.workdir, after_step=self.step)
+        self.writer = MetricsWriter(workdir, after_step=self.step)
         self.clock = Clock(
-            self.writer.wall_s_before,
-            self.writer.productive_s_before,
-            age_s=time.monotonic() - self.started,
+            self.writer.wall_s_before, self.writer.productive_s_before, age_s=spent_s
         )
+        self.profiler = Profiler(workdir, run.config.train.profile_steps)
+        device = jax.devices()[0]
+        self.peak = peak_flops_per_s(device, run.config.precision.compute_dtype)
+        if device.platform != "cpu":  # virtual ones share the cores
+            self.peak *= jax.device_count()
         self.bar = tqdm(
-            total=self.plan[-1].last_step,
+            total=plan[-1].last_step,
             initial=self.step,
             desc="pretrain",
             unit="step",
@@ -187,20 +199,18 @@ class _Trainer:
             dynamic_ncols=True,
             mininterval=0.5,
         )
-        plot_schedule(self.workdir, schedule_rows(self.run.config))
 
     def close(self) -> None:
         """Ends what it tells."""
+        self.bar.close()
         self.profiler.close()
-        if hasattr(self, "bar"):
-            self.bar.close()
-            self.writer.close()
+        self.writer.close()
 
     def go(self, corpus: Corpus, number: int, stop_at_step: int | None) -> PretrainResult:
         """Takes every step that is left, from stage `number` on, up to `stop_at_step`."""
         end = self.plan[-1].last_step
         last_step = end if stop_at_step is None else min(stop_at_step, end)
-        after = None
+        plot_schedule(self.workdir, schedule_rows(self.run.config))
         while True:
             with contextlib.closing(corpus.train):
                 stage = self.plan[number]
@@ -209,7 +219,8 @@ class _Trainer:
                 break
             number += 1
             corpus = _open(self.plan, number, self.tokenizer, self.run.seed)
-        self.checkpoints.wait()
+        with self.clock.saving():
+            self.checkpoints.wait()
         self.bar.close()
         plot_loss(self.workdir)
         plot_router(self.workdir)
@@ -226,7 +237,8 @@ class _Trainer:
         """Trains a stage and evaluates its end; None if a signal came before that was done."""
         evaluate = _Evaluate(stage.config, corpus, self.stop)
         if self.before is None and self.step == 0:
-            self.before = evaluate(self.state, None)
+            with self.clock.pause():
+                self.before = evaluate(self.state, None)
             if self.before is not None and not self.writer.has(0, "eval_loss"):
                 self._tell_evaluation(self.before)
         if self.stop.signal_name is None:
@@ -234,7 +246,8 @@ class _Trainer:
         told = self.writer.has(self.step, "eval_loss")
         if told and self.step < self.plan[-1].last_step:
             return None  # the end of a stage that another process has evaluated
-        after = evaluate(self.state, None)
+        with self.clock.pause():
+            after = evaluate(self.state, None)
         if after is not None and not told:
             self._tell_evaluation(after)
         return after
@@ -293,7 +306,9 @@ class _Trainer:
             self._show(row)
             if not finite:
                 self._check_skipped(row)
-            self._save_if_due(corpus, self.step == last_step)
+            self._save_if_due(corpus)
+        if self.step > stage.first_step:  # the end, or a signal that came at any moment
+            self._save(corpus)
 
     def _show(self, row: dict[str, Any]) -> None:
         text = f"loss {row['loss']:.3f}, {row.get('tokens_per_s', 0):,.0f} tok/s"
@@ -313,24 +328,23 @@ class _Trainer:
                 f"train.max_skipped_steps is {most}"
             )
 
-    def _save_if_due(self, corpus: Corpus, at_the_end: bool) -> None:
-        """Saves at the interval, at the end, and again after a save that failed."""
+    def _save_if_due(self, corpus: Corpus) -> None:
+        """Saves at the interval, and again after a save that failed."""
         error = self.checkpoints.poll()
         if error is not None:
             _tell(f"{error}; it is tried again")
-        if (
-            at_the_end
-            or error
-            or self.stop.signal_name is not None
-            or self.step % self.run.config.train.save_every_steps == 0
-        ):
-            with self.clock.saving():
-                self.checkpoints.save(
-                    self.step,
-                    _as_dict(self.state),
-                    data=corpus.train.get_state(),
-                    meta={"tokens": self.tokens, "before": self.before},
-                )
+        if error is not None or self.step % self.run.config.train.save_every_steps == 0:
+            self._save(corpus)
+
+    def _save(self, corpus: Corpus) -> None:
+        """Starts saving the state; one that is saved already is left as it is."""
+        with self.clock.saving():
+            self.checkpoints.save(
+                self.step,
+                _as_dict(self.state),
+                data=corpus.train.get_state(),
+                meta={"tokens": self.tokens, "before": self.before},
+            )
 
 
 def _recorded_init(workdir: str | os.PathLike, init: str | os.PathLike | None) -> str | None:
