@@ -16,7 +16,7 @@ from dsjax.workdir import CONFIG_FILE, read_run
 from tests.reference import ngram
 
 # A quarter of the preset's length. Bits a byte of the held-out split: 250 steps reached 2.60 and
-# the whole run 2.08 (docs/log.md); an untrained model has 3.9.
+# the whole run 2.06 (docs/log.md); an untrained model has 3.9.
 STEPS, BAR = 400, 2.6
 
 
