@@ -51,11 +51,15 @@ train: $(STAMP) ## train the tiny preset into runs/tiny
 
 .PHONY: test
 test: $(STAMP) ## the quick tests: neither slow nor gpu
-	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not nightly and not gpu" $(ARGS)
 
 .PHONY: test-all
-test-all: $(STAMP) ## every test that needs no accelerator, as CI runs them
-	$(PYTEST) -m "not gpu" $(ARGS)
+test-all: $(STAMP) ## every test that needs no accelerator nor minutes, as CI runs them
+	$(PYTEST) -m "not nightly and not gpu" $(ARGS)
+
+.PHONY: nightly
+nightly: $(STAMP) ## the tests that train for minutes, one after the other
+	$(PY) -m pytest -m nightly $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff: format and rules

@@ -132,8 +132,7 @@ def test_killed_at_20_random_moments_it_gives_the_unbroken_curve(unbroken, tmp_p
     assert_same_run(workdir, unbroken["workdir"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_exits_with_0(unbroken, tmp_path, number):
+def test_a_signal_ends_the_step_saves_and_exits_with_0(unbroken, tmp_path):
     workdir = tmp_path / "stopped"
     process = start(workdir, unbroken["text"])
     wait_for(lambda: last_step(workdir) >= 15, process)
@@ -142,7 +141,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_0(unbroken, tmp_path, numbe
     )
     running = process.poll() is None
     sent = time.monotonic()
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     if running:  # two at once: the second is refused, and says who is there
         assert other.returncode == 2
@@ -150,7 +149,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_0(unbroken, tmp_path, numbe
     assert process.returncode == 0, err
     assert time.monotonic() - sent < 30
     step = last_step(workdir)
-    assert f"stopped by {number.name} at step {step}; the same command goes on" in out
+    assert f"stopped by SIGTERM at step {step}; the same command goes on" in out
     assert step < STEPS
     assert (workdir / "checkpoints" / str(step)).is_dir()
     finish(workdir, unbroken["text"])

@@ -850,12 +850,12 @@ def staged_config(text):
     return dataclasses.replace(BASE, data=data, train=train)
 
 
-def asking_to_stop(number):
+def asking_to_stop(number, by):
     """A signal comes while this batch is drawn."""
 
     def change(call, batch):
         if call == number:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(by)
         return batch
 
     return change
@@ -878,9 +878,9 @@ def make_staged_runs(folder):
         return dataclasses.asdict(result)
 
     told["unbroken"] = run("unbroken")
-    told["stopped at the border"] = run("stopped", asking_to_stop(4))
+    told["stopped at the border"] = run("stopped", asking_to_stop(4, signal.SIGTERM))
     shutil.copytree(folder / "stopped", folder / "changed")
-    told["stopped at the end"] = run("stopped", asking_to_stop(3))
+    told["stopped at the end"] = run("stopped", asking_to_stop(3, signal.SIGINT))
     told["finished"] = run("stopped")
     with open(text / "07.txt", "a") as file:
         file.write("a line more")
@@ -897,8 +897,11 @@ def staged_runs(once):
 
 def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(staged_runs):
     """It is not swallowed, nor is the next stage begun; and the last one is evaluated later."""
-    for name, step in (("stopped at the border", 4), ("stopped at the end", 7)):
-        assert staged_runs[name]["stopped_by"] == "SIGTERM"
+    for name, step, by in (
+        ("stopped at the border", 4, "SIGTERM"),
+        ("stopped at the end", 7, "SIGINT"),
+    ):
+        assert staged_runs[name]["stopped_by"] == by
         assert staged_runs[name]["step"] == step
         assert staged_runs[name]["after"] is None
     assert staged_runs["unbroken"]["stopped_by"] is None
