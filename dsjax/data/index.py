@@ -12,9 +12,8 @@ import io
 import json
 import os
 import sys
-import tempfile
 import zipfile
-from collections.abc import Buffer, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from dsjax.config import DataConfig, SourceConfig
 from dsjax.data import DataError, recall, sources
 from dsjax.data.files import File
 from dsjax.data.sources import check_sides, hash_keys, source_files, too_small
+from dsjax.durable import write_durably
 from dsjax.errors import InputError
 
 _VERSION = 1  # of what a pass finds in a file
@@ -185,24 +185,6 @@ def split_sources(
             )
     check_sides(sum(map(len, train)), sum(map(len, held_out)), data.held_out_fraction)
     return train, held_out
-
-
-def write_durably(path: Path, *pieces: Buffer) -> None:
-    """Writes beside the file, to the disk, and moves it there: no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # temporary files are private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _scan(source: SourceConfig, files: Sequence[File]) -> dict[str, np.ndarray]:

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from dsjax.config import DataConfig
 from dsjax.data import DataError
-from dsjax.data.index import Documents, write_durably
+from dsjax.data.index import Documents
 from dsjax.data.packing import encode, token_dtype
+from dsjax.durable import write_durably
 from dsjax.errors import InputError
 from dsjax.interop.tokenizer import Tokenizer
 

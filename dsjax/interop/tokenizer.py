@@ -11,13 +11,13 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dsjax.durable import write_durably
 from dsjax.errors import InputError
 
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
@@ -189,8 +189,8 @@ class Tokenizer:
         for role, token_id in self._special_ids.items():
             config[f"{role}_token"] = self._tokenizer.id_to_token(token_id)
             config[f"{role}_token_id"] = token_id
-        _write(folder / TOKENIZER_FILE, self._json)
-        _write(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        write_durably(folder / TOKENIZER_FILE, self._json.encode())
+        write_durably(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
     @property
     def vocab_size(self) -> int:
@@ -359,19 +359,3 @@ def _read(path: Path) -> str:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {str(path)!r}: {error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes beside the file and moves it there, so that no reader sees half a file."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # temporary files are private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
