@@ -1,19 +1,25 @@
 """dsjax/interop/tokenizer.py: exact round trips, and no special token out of a text."""
 
+import functools
 import hashlib
 import importlib.util
 import json
 import os
+import pathlib
 import pickle
+import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models
+from tokenizers import decoders, models
 
 from dsjax.errors import InputError
+from dsjax.infer.sampler import sample
 from dsjax.interop import tokenizer as tokenizer_module
 from dsjax.interop.tokenizer import (
     BOS_ID,
@@ -24,6 +30,10 @@ from dsjax.interop.tokenizer import (
     Tokenizer,
 )
 
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+ORACLE = REPOSITORY / ".venv-oracle" / "bin" / "python"
+# Small tokenizers in the form of published folders, and transformers' ids of prompts.
+GOLDEN = json.loads((REPOSITORY / "tests/golden/chat.json").read_text(encoding="utf-8"))
 TEXTS = [
     "def main(argv):\n    return [int(x) for x in argv]  # 1234567\n" * 20,
     f"the quick brown fox {SPECIAL_TOKENS[1]} jumps over the lazy dog, {SPECIAL_TOKENS[0]}\n" * 50,
@@ -144,7 +154,31 @@ def test_published_tokenizer_is_v3s(published, tmp_path):
     published.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.fim, loaded.fingerprint) == (published.fim, published.fingerprint)
-    assert pickle.loads(pickle.dumps(published)).encode(text) == ids
+    copy = pickle.loads(pickle.dumps(published))
+    assert copy.encode(text) == ids
+    # R1's and V3's own chat template goes with it, through a run's folder, too.
+    assert "<｜tool▁calls▁begin｜>" in published.chat_template
+    assert copy.chat_template == loaded.chat_template == published.chat_template
+    assert published.prompt_ids(text) == ids  # `add_bos_token` is false
+    assert loaded.prompt_ids(text) == ids
+
+
+def test_rows_that_no_token_uses_are_never_drawn(published):
+    """V3's embedding has 129,280 rows; the last 465 belong to no token."""
+    logits_BV = np.zeros((2, 129_280), np.float32)
+    logits_BV[:, 129_000] = 1e4
+    logits_BV[0, 128_814] = 5.0  # the last one that there is
+    logits_BV[1, 128_815:] = np.inf
+    draw = jax.jit(functools.partial(sample, allowed=published.vocab_size))
+    for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.5), (1e-3, 1.0)):
+        for seed in range(3):
+            tokens_B, log_probs_B = draw(
+                logits_BV, jax.random.key(seed), temperature=temperature, top_p=top_p
+            )
+            assert tokens_B.max() < published.vocab_size == 128_815
+            assert np.isfinite(log_probs_B).all()
+            if temperature in (0.0, 1e-3):
+                assert tokens_B[0] == 128_814
 
 
 @pytest.mark.parametrize(
@@ -266,11 +300,19 @@ def test_published_tokens_that_are_not_marked_special_stay_text_too(tokenizer, t
         ("tokenizer.json", "{", "malformed"),
         ("tokenizer.json", "[]", "malformed"),
         ("tokenizer.json", "{}", "malformed"),
-        ("tokenizer.json", '{"added_tokens": []}', "names no bos_token|not a tokenizer"),
+        ("tokenizer.json", '{"added_tokens": []}', "names no eos_token|not a tokenizer"),
         ("tokenizer.json", b"\xff", "cannot read"),
         ("tokenizer_config.json", "[]", "malformed"),
-        ("tokenizer_config.json", "{}", "names no bos_token"),
+        ("tokenizer_config.json", "{}", "names no eos_token"),
         ("tokenizer_config.json", '{"bos_token_id": "0"}', "names no bos_token"),
+        ("tokenizer_config.json", '{"bos_token": "<s>"}', "names no bos_token"),
+        ("tokenizer_config.json", '{"eos_token": ["x"]}', "names no eos_token"),
+        ("special_tokens_map.json", "[]", "malformed"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<｜end▁of▁sentence｜>", "chat_template": [{"name": "x"}]}',
+            "chat_template is neither a text nor a list",
+        ),
         (
             "tokenizer_config.json",
             '{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 320}',
@@ -291,7 +333,198 @@ def test_unusable_folders_are_refused(tokenizer, tmp_path, file, content, messag
     assert "\n" not in str(caught.value)
 
 
-def test_only_byte_level_bpe_is_taken():
+def test_only_byte_level_bpe_is_taken(tokenizer):
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
+    ids = {"bos": 0, "eos": 1, "pad": 2}
     with pytest.raises(InputError, match="only byte-level BPE"):
-        Tokenizer(words.to_str(), {"bos": 0, "eos": 1, "pad": 2})
+        Tokenizer(words.to_str(), ids)
+    # Llama-2: SentencePiece's BPE, with a byte for what it has no piece for.
+    pieces = tokenizers.Tokenizer(
+        models.BPE({"▁a": 0, "b": 1, "<0x0A>": 2}, [], byte_fallback=True)
+    )
+    pieces.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    with pytest.raises(InputError, match="only byte-level BPE"):
+        Tokenizer(pieces.to_str(), ids)
+    pieces.decoder = decoders.Metaspace()
+    with pytest.raises(InputError, match="only byte-level BPE"):
+        Tokenizer(pieces.to_str(), ids)
+    with pytest.raises(InputError, match="needs an end token"):
+        Tokenizer(tokenizer._json, {"bos": 0, "eos": None, "pad": 2})
+
+
+# --------------------------------------------------------------------------------------------------
+# Published folders, and back.
+
+
+def published_folder(name, folder):
+    for file, text in GOLDEN["tokenizers"][name].items():
+        (folder / file).write_bytes(text.encode())
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "bos", "eos", "pad"),
+    [
+        ("tools", None, "<|im_end|>", "<|endoftext|>"),  # Qwen2.5: bos_token is null
+        ("named", None, "<|endoftext|>", "<|endoftext|>"),  # and its base model's
+        ("headers", "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>"),  # Llama-3: no pad
+        ("plain", "<|im_start|>", "<|im_end|>", "<|im_end|>"),  # in special_tokens_map.json alone
+    ],
+)
+def test_published_folders_go_both_ways(tmp_path, name, bos, eos, pad):
+    tokenizer = published_folder(name, tmp_path)
+    marks = tokenizer.marks
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
+        *(marks.get(bos), marks[eos], marks[pad]),
+    )
+    assert tokenizer.named_tokens["eos_token"] == eos
+    assert ("pad_token" in tokenizer.named_tokens) == (name != "headers")
+    text = "naïve 日本 12345\r\n\n  don't <|im_end|><think>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert not set(marks.values()) & set(tokenizer.encode(text))
+    copies = [pickle.loads(pickle.dumps(tokenizer)), tokenizer]
+    for copy, folder in zip(copies, ("one", "other"), strict=True):
+        target = tmp_path / folder
+        target.mkdir()
+        (target / "special_tokens_map.json").write_text("{}")  # of another tokenizer
+        (target / "chat_template.jinja").write_text("x")
+        copy.save(target)
+        files = {path.name: path.read_bytes() for path in target.iterdir()}
+        assert files == {n: t.encode() for n, t in GOLDEN["tokenizers"][name].items()}
+        again = Tokenizer.load(target)
+        assert again.fingerprint == copy.fingerprint == tokenizer.fingerprint
+        assert again.chat_template == copy.chat_template is not None
+        assert again.prompt_ids(text) == copy.prompt_ids(text) == tokenizer.prompt_ids(text)
+
+
+def test_files_come_back_byte_for_byte(tmp_path):
+    """Line ends and spaces of somebody else's writer included."""
+    published_folder("plain", tmp_path)
+    for path in list(tmp_path.iterdir()):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n \n")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert "\r" not in tokenizer.chat_template
+    tokenizer.save(tmp_path / "again")
+    for path in (tmp_path / "again").iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_prompts_begin_as_the_publisher_says(tmp_path):
+    tokenizer = published_folder("headers", tmp_path)
+    assert tokenizer.prompt_ids("") == [tokenizer.bos_id]  # by its post-processor
+    forged = "<|begin_of_text|>a"
+    assert tokenizer.prompt_ids(forged) == [tokenizer.bos_id, *tokenizer.encode(forged)]
+    # DeepSeek-V2 asks for it by a setting that transformers 5 no longer reads.
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    saved["post_processor"] = {**saved["post_processor"]["processors"][0]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    for asked in (True, False, None):
+        path.write_text(json.dumps({**config, "add_bos_token": asked}))
+        expected = [tokenizer.bos_id] if asked else []
+        assert Tokenizer.load(tmp_path).prompt_ids("") == expected
+
+
+def test_added_tokens_that_are_pieces_of_ordinary_text(tokenizer, tmp_path):
+    """V2's `ö` and GPT-NeoX's spaces are found in text, as transformers does; marks are not."""
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    contents = (("ş", False), ("   ", False), ("<x>", False), ("ğ", True))
+    for number, (content, special) in enumerate(contents):
+        token = {**saved["added_tokens"][0], "id": 320 + number, "content": content}
+        saved["added_tokens"].append({**token, "special": special})
+    path.write_text(json.dumps(saved))
+    loaded = Tokenizer.load(tmp_path)
+    ids = loaded.encode("aşk   <x> dağ")
+    assert {320, 321} < set(ids)
+    assert not {322, 323} & set(ids)
+    assert loaded.decode(ids) == "aşk   <x> dağ"
+    assert set(loaded.marks) == {*SPECIAL_TOKENS, "<x>", "ğ"}
+
+
+def test_what_runs_made_earlier_rest_on(tokenizer, tmp_path):
+    """A resumed run compares the fingerprint and reads a configuration of six entries."""
+    ids = {"bos": 0, "eos": 1, "pad": 2}
+    expected = hashlib.sha256(json.dumps([tokenizer._json, ids]).encode()).hexdigest()
+    assert tokenizer.fingerprint == expected
+    earlier = {f"{role}_token_id": token_id for role, token_id in ids.items()}
+    earlier |= {f"{role}_token": SPECIAL_TOKENS[i] for role, i in ids.items()}
+    (tmp_path / "tokenizer.json").write_text(tokenizer._json)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(earlier))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.fingerprint == expected
+    loaded.save(tmp_path)  # as ours are written now
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config.items() > earlier.items()
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert Tokenizer.load(tmp_path).fingerprint == expected
+    assert loaded.chat_template is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ORACLE.exists(), reason="no .venv-oracle (make oracle)")
+def test_transformers_loads_what_is_saved(tokenizer, published, tmp_path):
+    texts = ["def main(argv): 1234", "naïve 日本\r\n\n  x", "<think>", ""]
+    expected = {}
+    for name, one in (("own", tokenizer), ("deepseek", published)):
+        one.save(tmp_path / name)
+        roles = [one.bos_id, one.eos_id, one.pad_id, one.chat_template]
+        expected[name] = [[one.encode(t) for t in texts if "<" not in t], roles]
+    code = """if True:
+        import json, sys, transformers
+        texts, found = json.loads(sys.argv[1]), {}
+        for name in ("own", "deepseek"):
+            t = transformers.AutoTokenizer.from_pretrained(sys.argv[2] + "/" + name)
+            roles = [t.bos_token_id, t.eos_token_id, t.pad_token_id, t.chat_template]
+            found[name] = [[t(x).input_ids for x in texts if "<" not in x], roles]
+        print(json.dumps(found))
+    """
+    result = subprocess.run(
+        [ORACLE, "-c", code, json.dumps(texts), str(tmp_path)],
+        capture_output=True,
+        check=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert json.loads(result.stdout) == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# Text of tokens as they come.
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+    size=st.integers(1, 3),
+)
+def test_streamed_text_has_no_half_characters(tokenizer, text, size):
+    ids = tokenizer.encode(text)
+    stream, pieces = tokenizer.stream(), []
+    for start in range(0, len(ids), size):
+        pieces.append(stream.push(ids[start : start + size]))
+    assert stream.end() == ""
+    assert "".join(pieces) == text
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_a_character_waits_for_its_last_byte():
+    tokenizer = Tokenizer.train(["x"], 262)  # every byte a token
+    ids = tokenizer.encode("a😀")
+    stream = tokenizer.stream()
+    assert [stream.push([token_id]) for token_id in ids] == ["a", "", "", "", "😀"]
+    # Special tokens have no text, wherever they come; what no byte can mend is told at once.
+    stream = tokenizer.stream()
+    pieces = [stream.push([i]) for i in (*ids[:3], EOS_ID, ids[3], ids[0], *ids[1:3])]
+    assert pieces == ["a", "", "", "", "", "\N{REPLACEMENT CHARACTER}a", "", ""]
+    assert stream.end() == "\N{REPLACEMENT CHARACTER}"
+    assert "".join(pieces) + "\N{REPLACEMENT CHARACTER}" == tokenizer.decode(
+        [*ids[:3], EOS_ID, ids[3], ids[0], *ids[1:3]]
+    )
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        stream.push([262])
