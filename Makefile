@@ -90,7 +90,7 @@ $(ORACLE_STAMP): Makefile
 		"$$python" -m venv --clear .venv-oracle || exit 1; \
 	fi
 	@echo "installing torch and transformers into .venv-oracle"
-	@$(ORACLE_PY) -m pip install --quiet torch==2.13.0 transformers==5.23.0 safetensors
+	@$(ORACLE_PY) -m pip install --quiet torch==2.13.0 transformers==5.23.0 safetensors gguf==0.19.0
 	@touch $@
 
 .PHONY: bench
