@@ -51,14 +51,42 @@ class YarnConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3RopeConfig:
+    """Llama 3.1's context extension: slow pairs divided by `factor`, fast ones left alone."""
+
+    factor: float
+    original_max_positions: int
+    low_freq_factor: float = 1.0  # turns in the original context below which a pair is slow
+    high_freq_factor: float = 4.0  # and above which it is fast
+
+    def __post_init__(self):
+        _positive(self, "factor", "original_max_positions", "low_freq_factor", "high_freq_factor")
+        _require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"Llama3RopeConfig: low_freq_factor {self.low_freq_factor} is not below "
+            f"high_freq_factor {self.high_freq_factor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding on interleaved pairs, with or without YaRN."""
+    """Rotary position embedding on interleaved pairs, with at most one extension of the context."""
 
     theta: float = 10_000.0
     yarn: YarnConfig | None = None
+    llama3: Llama3RopeConfig | None = None
+    # Position interpolation (Chen et al. 2023, arXiv 2306.15595): divides every frequency.
+    linear_factor: float = 1.0
 
     def __post_init__(self):
-        _positive(self, "theta")
+        _positive(self, "theta", "linear_factor")
+        extensions = {
+            "yarn": self.yarn is not None,
+            "llama3": self.llama3 is not None,
+            "linear_factor": self.linear_factor != 1.0,
+        }
+        given = [name for name, present in extensions.items() if present]
+        _require(len(given) <= 1, f"RopeConfig has {' and '.join(given)}; at most one may be given")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +117,37 @@ class MlaConfig:
     def cache_dim(self) -> int:
         """Z = C + R, the numbers cached a token a layer."""
         return self.kv_latent_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GqaConfig:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): of Qwen2 and Llama."""
+
+    num_heads: int  # N
+    num_kv_heads: int  # I; each serves N / I neighbouring query heads
+    head_dim: int  # A = H
+    rope: RopeConfig = RopeConfig()
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self):
+        _positive(self, "num_heads", "num_kv_heads", "head_dim")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"GqaConfig: {self.num_heads} heads do not divide over {self.num_kv_heads} "
+            "key/value heads",
+        )
+        _require(self.head_dim % 2 == 0, f"GqaConfig.head_dim is {self.head_dim}; it must be even")
+
+    @property
+    def rope_dim(self) -> int:
+        """R; the whole head turns."""
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """H; values are as wide as keys."""
+        return self.head_dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +210,7 @@ class MoeConfig:
         )
 
 
-AttentionConfig = MlaConfig
+AttentionConfig = MlaConfig | GqaConfig
 FfnConfig = SwiGluConfig | MoeConfig
 
 
@@ -203,6 +262,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     init_std: float = 0.006
     max_positions: int = 4096
+    tie_embeddings: bool = False  # the head is the embedding, transposed
 
     def __post_init__(self):
         _positive(self, "vocab_size", "embed_dim", "norm_eps", "init_std", "max_positions")

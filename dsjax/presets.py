@@ -12,6 +12,8 @@ from dsjax.config import (
     Config,
     ContextStageConfig,
     DataConfig,
+    GqaConfig,
+    Llama3RopeConfig,
     MlaConfig,
     ModelConfig,
     MoeConfig,
@@ -30,6 +32,7 @@ from dsjax.config import (
 from dsjax.errors import InputError, nearest
 
 V3_TOKENS = 14.8e12
+DISTILLATION_SAMPLES = 800_000  # R1 report, 2.4
 
 
 def v3_learning_rate(warmup: float = 2000 * 3072 * 4096 / V3_TOKENS) -> ScheduleConfig:
@@ -289,6 +292,210 @@ def deepseek_v3() -> Config:
     )
 
 
+def _dense(attention: GqaConfig, *, layers: int, hidden_dim: int) -> tuple[StackConfig]:
+    """The one stack of a Llama or Qwen2 block."""
+    block = BlockConfig(attention=attention, ffn=SwiGluConfig(hidden_dim=hidden_dim))
+    return (StackConfig(name="dense", repeats=layers, blocks=(block,)),)
+
+
+def _distilled(model: ModelConfig, *, learning_rate: float) -> Config:
+    """The recipe of R1's students: 2-3 epochs over 800K samples, cosine to a tenth of the peak.
+
+    Two epochs here, each sample a row of its own; the report gives no number of tokens.
+    """
+    return Config(
+        model=model,
+        train=TrainConfig(
+            seq_len=32_768,
+            batch_size=64,
+            micro_batch_size=1,
+            total_tokens=2 * DISTILLATION_SAMPLES * 32_768,
+            optimizer=OptimizerConfig(
+                learning_rate=learning_rate,
+                schedule=ScheduleConfig(
+                    start=1.0, phases=(PhaseConfig(until=1.0, value=0.1, shape="cosine"),)
+                ),
+            ),
+            remat="full",
+        ),
+        precision=PrecisionConfig(compute_dtype="bfloat16"),
+    )
+
+
+def _qwen2(
+    *,
+    vocab_size: int,
+    embed_dim: int,
+    layers: int,
+    hidden_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    theta: float,
+    norm_eps: float,
+) -> ModelConfig:
+    """Qwen2.5: biases on queries, keys and values, heads of 128."""
+    attention = GqaConfig(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=128,
+        rope=RopeConfig(theta=theta),
+        qkv_bias=True,
+    )
+    return ModelConfig(
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        stacks=_dense(attention, layers=layers, hidden_dim=hidden_dim),
+        norm_eps=norm_eps,
+        init_std=0.02,
+        max_positions=131_072,
+    )
+
+
+def _llama3(*, embed_dim: int, layers: int, hidden_dim: int, num_heads: int) -> ModelConfig:
+    """Llama 3.1 and 3.3: eight key/value heads, heads of 128, frequencies for 128K positions."""
+    rope = RopeConfig(
+        theta=500_000.0, llama3=Llama3RopeConfig(factor=8.0, original_max_positions=8192)
+    )
+    attention = GqaConfig(num_heads=num_heads, num_kv_heads=8, head_dim=128, rope=rope)
+    return ModelConfig(
+        vocab_size=128_256,
+        embed_dim=embed_dim,
+        stacks=_dense(attention, layers=layers, hidden_dim=hidden_dim),
+        norm_eps=1e-5,
+        init_std=0.02,
+        max_positions=131_072,
+    )
+
+
+def r1_distill_qwen_1_5b() -> Config:
+    """DeepSeek-R1-Distill-Qwen-1.5B (R1 report, 2.4), on Qwen2.5-Math-1.5B; head untied."""
+    model = _qwen2(
+        vocab_size=151_936,
+        embed_dim=1536,
+        layers=28,
+        hidden_dim=8960,
+        num_heads=12,
+        num_kv_heads=2,
+        theta=10_000.0,
+        norm_eps=1e-6,
+    )
+    return _distilled(model, learning_rate=1e-4)
+
+
+def r1_distill_qwen_7b() -> Config:
+    """DeepSeek-R1-Distill-Qwen-7B, on Qwen2.5-Math-7B."""
+    model = _qwen2(
+        vocab_size=152_064,
+        embed_dim=3584,
+        layers=28,
+        hidden_dim=18_944,
+        num_heads=28,
+        num_kv_heads=4,
+        theta=10_000.0,
+        norm_eps=1e-6,
+    )
+    return _distilled(model, learning_rate=8e-5)
+
+
+def r1_distill_qwen_14b() -> Config:
+    """DeepSeek-R1-Distill-Qwen-14B, on Qwen2.5-14B."""
+    model = _qwen2(
+        vocab_size=152_064,
+        embed_dim=5120,
+        layers=48,
+        hidden_dim=13_824,
+        num_heads=40,
+        num_kv_heads=8,
+        theta=1_000_000.0,
+        norm_eps=1e-5,
+    )
+    return _distilled(model, learning_rate=7e-5)
+
+
+def r1_distill_qwen_32b() -> Config:
+    """DeepSeek-R1-Distill-Qwen-32B, on Qwen2.5-32B."""
+    model = _qwen2(
+        vocab_size=152_064,
+        embed_dim=5120,
+        layers=64,
+        hidden_dim=27_648,
+        num_heads=40,
+        num_kv_heads=8,
+        theta=1_000_000.0,
+        norm_eps=1e-5,
+    )
+    return _distilled(model, learning_rate=6e-5)
+
+
+def r1_distill_llama_8b() -> Config:
+    """DeepSeek-R1-Distill-Llama-8B, on Llama-3.1-8B."""
+    model = _llama3(embed_dim=4096, layers=32, hidden_dim=14_336, num_heads=32)
+    return _distilled(model, learning_rate=5e-5)
+
+
+def r1_distill_llama_70b() -> Config:
+    """DeepSeek-R1-Distill-Llama-70B, on Llama-3.3-70B-Instruct."""
+    model = _llama3(embed_dim=8192, layers=80, hidden_dim=28_672, num_heads=64)
+    return _distilled(model, learning_rate=2e-5)
+
+
+def deepseek_llm_7b() -> Config:
+    """DeepSeek LLM 7B, a Llama block with a key head for each query head (arXiv 2401.02954)."""
+    attention = GqaConfig(num_heads=32, num_kv_heads=32, head_dim=128)
+    return Config(
+        model=ModelConfig(
+            vocab_size=102_400,
+            embed_dim=4096,
+            stacks=_dense(attention, layers=30, hidden_dim=11_008),
+        ),
+        train=TrainConfig(
+            seq_len=4096,
+            batch_size=2304,
+            total_tokens=2_000_000_000_000,
+            optimizer=OptimizerConfig(
+                learning_rate=4.2e-4,
+                schedule=_v2_learning_rate(warmup=2000 * 2304 * 4096 / 2e12, first_drop=0.8),
+            ),
+        ),
+        precision=PrecisionConfig(compute_dtype="bfloat16"),
+    )
+
+
+def deepseek_coder_6_7b() -> Config:
+    """DeepSeek Coder 6.7B, a Llama block over 16K positions (arXiv 2401.14196)."""
+    # Differs from the paper: its main stage had theta 1e4 and no interpolation; a model has one
+    # rope here, and this is the published checkpoint's.
+    rope = RopeConfig(theta=100_000.0, linear_factor=4.0)
+    attention = GqaConfig(num_heads=32, num_kv_heads=32, head_dim=128, rope=rope)
+    return Config(
+        model=ModelConfig(
+            vocab_size=32_256,
+            embed_dim=4096,
+            stacks=_dense(attention, layers=32, hidden_dim=11_008),
+            max_positions=16_384,
+        ),
+        train=TrainConfig(
+            seq_len=4096,
+            batch_size=2304,
+            total_tokens=2_000_000_000_000,
+            context_stages=(
+                ContextStageConfig(
+                    seq_len=16_384,
+                    batch_size=512,
+                    steps=1000,
+                    learning_rate=4.2e-5,  # the report names none: the last of pretraining
+                ),
+            ),
+            optimizer=OptimizerConfig(
+                learning_rate=4.2e-4,
+                schedule=_v2_learning_rate(warmup=2000 * 2304 * 4096 / 2e12, first_drop=0.8),
+            ),
+        ),
+        data=DataConfig(fim_rate=0.5),
+        precision=PrecisionConfig(compute_dtype="bfloat16"),
+    )
+
+
 def nano() -> Config:
     """A V3 in miniature that runs in seconds: every part present, for tests."""
     attention = MlaConfig(
@@ -319,6 +526,29 @@ def nano() -> Config:
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule=v3_learning_rate(warmup=0.1)),
             bias_speed=v3_bias_speed(),
             mtp_loss_weight=v3_mtp_weight(),
+            eval_every_steps=10,
+            eval_batches=2,
+            save_every_steps=10,
+        ),
+    )
+
+
+def nano_dense() -> Config:
+    """A Qwen2 in miniature with a tied head, which runs in seconds: for tests of students."""
+    attention = GqaConfig(num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True)
+    return Config(
+        model=ModelConfig(
+            vocab_size=512,
+            embed_dim=32,
+            stacks=_dense(attention, layers=2, hidden_dim=96),
+            init_std=0.05,
+            tie_embeddings=True,
+        ),
+        train=TrainConfig(
+            seq_len=64,
+            batch_size=8,
+            total_tokens=20 * 8 * 64,
+            optimizer=OptimizerConfig(learning_rate=3e-3, schedule=v3_learning_rate(warmup=0.1)),
             eval_every_steps=10,
             eval_batches=2,
             save_every_steps=10,
@@ -472,7 +702,9 @@ def presets() -> dict[str, Callable[[], Config]]:
     """Every preset by name."""
     known = (
         *(deepseek_v2_lite, deepseek_v2, deepseek_v3),
-        *(nano, tiny, tiny_context, v3_20m, small),
+        *(r1_distill_qwen_1_5b, r1_distill_qwen_7b, r1_distill_qwen_14b, r1_distill_qwen_32b),
+        *(r1_distill_llama_8b, r1_distill_llama_70b, deepseek_llm_7b, deepseek_coder_6_7b),
+        *(nano, nano_dense, tiny, tiny_context, v3_20m, small),
     )
     return {make.__name__: make for make in known}
 

@@ -14,6 +14,8 @@ from dsjax.config import (
     Config,
     ContextStageConfig,
     DataConfig,
+    GqaConfig,
+    Llama3RopeConfig,
     MlaConfig,
     ModelConfig,
     MoeConfig,
@@ -104,8 +106,29 @@ size = st.integers(1, 1 << 40)
 
 
 @st.composite
-def attention_configs(draw):
+def ropes(draw):
     yarn = st.builds(YarnConfig, factor=positive, original_max_positions=size, mscale=positive)
+    llama3 = st.builds(Llama3RopeConfig, factor=positive, original_max_positions=size)
+    extension = draw(
+        st.just({})
+        | st.fixed_dictionaries({"yarn": yarn})
+        | st.fixed_dictionaries({"llama3": llama3})
+        | st.fixed_dictionaries({"linear_factor": positive})
+    )
+    return RopeConfig(theta=draw(positive), **extension)
+
+
+@st.composite
+def attention_configs(draw):
+    if draw(st.booleans()):
+        heads = draw(st.integers(1, 64))
+        return GqaConfig(
+            num_heads=heads * draw(st.integers(1, 8)),
+            num_kv_heads=heads,
+            head_dim=2 * draw(size),
+            rope=draw(ropes()),
+            qkv_bias=draw(st.booleans()),
+        )
     return MlaConfig(
         num_heads=draw(size),
         q_latent_dim=draw(st.none() | size),
@@ -113,7 +136,7 @@ def attention_configs(draw):
         nope_dim=draw(size),
         rope_dim=2 * draw(size),
         value_dim=draw(size),
-        rope=RopeConfig(theta=draw(positive), yarn=draw(st.none() | yarn)),
+        rope=draw(ropes()),
     )
 
 
@@ -432,12 +455,43 @@ REFUSED = [
     (f"{MOE}.num_groups=8", "top2_sum needs two experts a group"),
     (f"{MLA}.rope_dim=7", "rope_dim is 7; it must be even"),
     (f"{MLA}.rope_dim=-2", "rope_dim is -2; it must be positive"),
+    (f"{MLA}.rope.linear_factor=0", "linear_factor is 0.0; it must be positive"),
+    (f"{MLA}={{}}", "attention needs a 'kind', one of MlaConfig, GqaConfig; got None"),
 ]
 
 
 @pytest.mark.parametrize(("assignment", "expected"), REFUSED)
 def test_an_override_that_cannot_be_is_refused(assignment, expected):
     assert expected in message_of(override, nano(), assignment)
+
+
+GQA = "model.stacks.dense.blocks.0.attention"
+REFUSED_DENSE = [
+    ("num_kv_heads=3", "4 heads do not divide over 3 key/value heads"),
+    ("num_kv_heads=0", "num_kv_heads is 0; it must be positive"),
+    ("head_dim=7", "head_dim is 7; it must be even"),
+    ("kv_latent_dim=4", "unknown key"),
+    ('rope.llama3={"factor": 8, "original_max_positions": 64, "high_freq_factor": 1}', "not below"),
+    (
+        'rope={"linear_factor": 2, "yarn": {"factor": 2, "original_max_positions": 64}}',
+        "RopeConfig has yarn and linear_factor; at most one may be given",
+    ),
+]
+
+
+@pytest.mark.parametrize(("assignment", "expected"), REFUSED_DENSE)
+def test_a_dense_students_sizes_are_checked(assignment, expected):
+    assert expected in message_of(override, preset("nano_dense"), f"{GQA}.{assignment}")
+
+
+def test_a_configuration_written_before_there_were_students_is_read():
+    """Its ropes have YaRN alone, its model no word on tying."""
+    tree = to_json(nano())
+    del tree["model"]["tie_embeddings"]
+    for stack in tree["model"]["stacks"]:
+        rope = stack["blocks"][0]["attention"]["rope"]
+        assert (rope.pop("llama3"), rope.pop("linear_factor")) == (None, 1.0)
+    assert from_json(Config, json.loads(json.dumps(tree))) == nano()
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, 0.0, -1e-3])

@@ -11,7 +11,7 @@ import pytest
 from dsjax.errors import InputError
 from dsjax.infer.generate import decode, generate, prepare, run
 from dsjax.infer.sampler import Sampling, sample
-from dsjax.model.cache import contiguous_table, empty_latent
+from dsjax.model.cache import contiguous_table, empty_entries
 from dsjax.model.transformer import build, merge, split
 from dsjax.presets import preset
 
@@ -330,8 +330,8 @@ def test_decode_leaves_the_cache_in_place():
     graphdef, params, bias = split(model)
     batch = 4
     table_BX = jax.eval_shape(lambda: contiguous_table(batch, 4096))
-    latent = jax.eval_shape(lambda: empty_latent(config.model, table_BX.size, jnp.float32))
-    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(latent))
+    entries = jax.eval_shape(lambda: empty_entries(config.model, table_BX.size, jnp.float32))
+    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(entries))
     assert cache_bytes == batch * 4096 * (64 + 16) * 6 * 4
 
     def step(params, bias, *arguments):
@@ -340,7 +340,7 @@ def test_decode_leaves_the_cache_in_place():
     int_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
     bool_B = jax.ShapeDtypeStruct((batch,), jnp.bool_)
     lowered = jax.jit(step, donate_argnums=5).lower(
-        params, bias, int_B, int_B, bool_B, latent, table_BX
+        params, bias, int_B, int_B, bool_B, entries, table_BX
     )
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes

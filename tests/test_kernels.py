@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.gqa_decode import gqa_decode
+from pallas_kernels.gqa_decode import shapes as gqa_shapes
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.mla_attention import mla_attention, xla
@@ -102,8 +104,9 @@ def test_grouped_matmul_refuses():
 def attention_case(shape, seed=0):
     rng = np.random.default_rng(seed)
     b, t, n, a, h = shape[:5]
-    q, k = (rng.standard_normal((b, t, n, a)).astype(np.float32) for _ in range(2))
-    v = rng.standard_normal((b, t, n, h)).astype(np.float32)
+    i = shape.i or n
+    q, k = (rng.standard_normal((b, t, heads, a)).astype(np.float32) for heads in (n, i))
+    v = rng.standard_normal((b, t, i, h)).astype(np.float32)
     segments = np.zeros((b, t), np.int32)
     positions = np.zeros((b, t), np.int32)
     rows = [shape.documents, *([(t,)] * (b - 1))]
@@ -116,12 +119,18 @@ def attention_case(shape, seed=0):
     return tuple(map(jnp.asarray, (q, k, v, segments, positions)))
 
 
+def a_head_each(q, k, v, *rest):
+    """Keys and values copied to every query head of their group."""
+    group = q.shape[2] // k.shape[2]
+    return q, np.repeat(k, group, axis=2), np.repeat(v, group, axis=2), *rest
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla", None])
 @pytest.mark.parametrize("shape", attention_shapes.SHAPES)
 def test_mla_attention(shape, implementation):
     case = attention_case(shape)
     out = mla_attention(*case, 0.3, implementation=implementation)
-    wanted, _ = reference_mla.attend(*map(np.asarray, case), 0.3)
+    wanted, _ = reference_mla.attend(*a_head_each(*map(np.asarray, case)), 0.3)
     real = np.asarray(case[3] != 0)
     assert_near(np.asarray(out)[real], np.asarray(wanted)[real])
     assert not np.asarray(out)[~real].any()
@@ -165,6 +174,30 @@ def test_mla_attention_memory_is_linear():
     small, large = temporaries(4096), temporaries(32768)
     assert large < 12 * small
     assert large < 32768 * 32768 * 4 / 20
+
+
+def test_grouped_keys_are_not_repeated():
+    """Eight query heads a key head cost no copy of the keys; the gradient of each sums them."""
+
+    def temporaries(n, i):
+        q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 32), jnp.float32) for heads in (n, i))
+        ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+        compiled = jax.jit(lambda *args: mla_attention(*args, 0.3)).lower(q, k, k, ids, ids)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    keys_and_values = 2 * 8 * 4096 * 32 * 4  # of eight heads
+    assert temporaries(8, 8) - temporaries(8, 1) > 0.8 * 7 / 8 * keys_and_values
+
+
+def test_heads_that_do_not_divide_are_refused():
+    q, ids = jnp.ones((1, 4, 6, 8)), jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="6 query heads, 4 of keys and 4 of values"):
+        mla_attention(q, q[:, :, :4], q[:, :, :4], ids, ids, 1.0)
+    with pytest.raises(ValueError, match="6 query heads, 3 of keys and 2 of values"):
+        mla_attention(q, q[:, :, :3], q[:, :, :2], ids, ids, 1.0)
+    cache = jnp.ones((1, 1, 64, 4, 8))
+    with pytest.raises(ValueError, match="6 query heads, 4 of keys"):
+        gqa_decode(q, cache, cache, jnp.int32(0), ids[:, :1] - 1, ids[0, :1], ids, 1.0)
 
 
 # ---- mla_decode ---------------------------------------------------------------------------------
@@ -228,3 +261,73 @@ def test_mla_decode_ignores_pages_past_the_length():
     arguments = (jnp.asarray(table), jnp.asarray(lengths), positions, 0.2)
     again, _ = mla_decode(q, jnp.asarray(poisoned), layer, *arguments, value_dim=8)
     np.testing.assert_array_equal(out, again)
+
+
+# ---- gqa_decode ---------------------------------------------------------------------------------
+
+
+def gqa_case(shape, seed=0):
+    """As `decode_case`, with keys and values of several heads."""
+    rng = np.random.default_rng(seed)
+    b, (t, n, i, a, h) = len(shape.lengths), shape[:5]
+    pages = b * shape.table_width
+    k, v = (rng.standard_normal((3, pages, 64, i, w)).astype(np.float32) for w in (a, h))
+    table = rng.permutation(pages).reshape(b, shape.table_width).astype(np.int32)
+    q = rng.standard_normal((b, t, n, a)).astype(np.float32)
+    lengths = np.array(shape.lengths, np.int32)
+    positions = lengths[:, None] - t + np.arange(t, dtype=np.int32)
+    return tuple(map(jnp.asarray, (q, k, v, table, lengths, positions)))
+
+
+def gqa_by_hand(q, k, v, table, lengths, positions, layer):
+    q, k, v, table, lengths, positions = map(np.asarray, (q, k, v, table, lengths, positions))
+    group = q.shape[2] // k.shape[3]
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    lse = np.full(q.shape[:3], -1e30)
+    for b, length in enumerate(lengths):
+        keys, values = (x[layer, table[b]].reshape(-1, *x.shape[3:]) for x in (k, v))
+        for t, position in enumerate(positions[b]):
+            seen = min(length, position + 1)
+            for n in range(q.shape[2] if seen > 0 else 0):
+                scores = keys[:seen, n // group].astype(np.float64) @ q[b, t, n] * 0.2
+                lse[b, t, n] = np.log(np.sum(np.exp(scores)))
+                out[b, t, n] = np.exp(scores - lse[b, t, n]) @ values[:seen, n // group]
+    return out, lse
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", None])
+@pytest.mark.parametrize("shape", gqa_shapes.SHAPES)
+def test_gqa_decode(shape, implementation):
+    q, k, v, *pages = gqa_case(shape)
+
+    @jax.jit
+    def decode(q, k, v, layer, *pages):
+        return gqa_decode(q, k, v, layer, *pages, 0.2, implementation=implementation)
+
+    out, lse = decode(q, k, v, jnp.int32(1), *pages)
+    wanted, wanted_lse = gqa_by_hand(q, k, v, *pages, 1)
+    assert_near(out, wanted)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5)
+
+
+def test_gqa_decode_ignores_pages_past_the_length():
+    shape = gqa_shapes.Shape(1, 4, 2, 8, 4, (70, 3), 20)
+    q, k, v, table, lengths, positions = gqa_case(shape)
+    layer = jnp.int32(0)
+    out, _ = gqa_decode(q, k, v, layer, table, lengths, positions, 0.2)
+    table, used = np.asarray(table), -(-np.asarray(lengths) // 64)
+    pages = np.concatenate([row[:count] for row, count in zip(table, used, strict=True)])
+    poisoned = [np.full_like(x, np.nan) for x in (k, v)]
+    for x, clean in zip(poisoned, (k, v), strict=True):
+        x[:, pages] = np.asarray(clean)[:, pages]
+    table = np.where(np.arange(20) < used[:, None], table, table[:, :1])
+    again, _ = gqa_decode(
+        q, *map(jnp.asarray, poisoned), layer, jnp.asarray(table), lengths, positions, 0.2
+    )
+    np.testing.assert_array_equal(out, again)
+
+
+def test_an_unknown_implementation_is_refused():
+    q, k, v, *pages = gqa_case(gqa_shapes.SHAPES[0])
+    with pytest.raises(ValueError, match="unknown implementation 'pallas'; known: xla, reference"):
+        gqa_decode(q, k, v, jnp.int32(0), *pages, 0.2, implementation="pallas")

@@ -11,7 +11,7 @@ import pytest
 from dsjax.config import BlockConfig, MtpConfig, SwiGluConfig
 from dsjax.interop import hf
 from dsjax.model import router
-from dsjax.model.cache import PAGE_SIZE, Cache, advance, contiguous_table, empty_latent
+from dsjax.model.cache import PAGE_SIZE, Cache, advance, contiguous_table, empty_entries
 from dsjax.model.mtp import depth_segments
 from dsjax.model.transformer import Transformer, build, merge, split
 from dsjax.precision import Precision
@@ -346,24 +346,24 @@ def test_cached_equals_whole(nano_rows, chunks):
     model = merge(graphdef, params, bias)
     table_BX = contiguous_table(2, 150)
     table_BX = jax.random.permutation(jax.random.key(4), table_BX.reshape(-1)).reshape(2, -1)
-    latent = empty_latent(config, table_BX.size, jnp.float32)
+    entries = empty_entries(config, table_BX.size, jnp.float32)
 
     @jax.jit
-    def piece(tokens, latent, cached):
+    def piece(tokens, entries, cached):
         new_B = jnp.full((2,), tokens.shape[1], jnp.int32)
         pages, positions_BT = advance(table_BX, cached, new_B, tokens.shape[1])
         output = model(
             tokens,
             positions_BT=positions_BT,
             segments_BT=jnp.ones_like(tokens),
-            cache=Cache(latent, pages),
+            cache=Cache(entries, pages),
         )
-        return output.hidden_BTD, output.cache.latent
+        return output.hidden_BTD, output.cache.entries
 
     start, pieces = 0, []
     for width in chunks:
         cached = jnp.full((2,), start, jnp.int32)
-        hidden, latent = piece(tokens_BT[:, start : start + width], latent, cached)
+        hidden, entries = piece(tokens_BT[:, start : start + width], entries, cached)
         pieces.append(hidden)
         start += width
     assert_near(jnp.concatenate(pieces, axis=1), hidden_BTD)
@@ -380,7 +380,7 @@ def test_fresh_prefill_equals_absorbed(nano_rows):
     def run(fresh):
         del fresh
         model = merge(graphdef, params, bias)
-        cache = Cache(empty_latent(config, table_BX.size, jnp.float32), pages, fresh=True)
+        cache = Cache(empty_entries(config, table_BX.size, jnp.float32), pages, fresh=True)
         segments_BT = (positions_BT >= 0).astype(jnp.int32)
         return model(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache)
 
@@ -388,7 +388,7 @@ def test_fresh_prefill_equals_absorbed(nano_rows):
     assert_near(output.hidden_BTD[0], hidden_BTD[0])
     assert_near(output.hidden_BTD[1, :97], hidden_BTD[1, :97])
     # the short row wrote nothing past its length
-    pages_of_row = np.asarray(output.cache.latent["moe"])[0, np.asarray(table_BX[1])]
+    pages_of_row = np.asarray(output.cache.entries["moe"])[0, np.asarray(table_BX[1])]
     written = np.abs(pages_of_row.reshape(-1, pages_of_row.shape[-1])).sum(axis=-1) > 0
     np.testing.assert_array_equal(written, np.arange(written.size) < 97)
 
@@ -457,7 +457,7 @@ def test_pattern_of_blocks_runs_in_order(nano_rows):
     wanted = hidden(merge(graphdef, params, bias))
     got = hidden(merge(blueprint(flat), {**params, "stacks": layers}, biases))
     assert_near(got, wanted)
-    assert set(empty_latent(paired, 3, jnp.float32)) == {"pair_0", "pair_1"}
+    assert set(empty_entries(paired, 3, jnp.float32)) == {"pair_0", "pair_1"}
 
 
 def test_packed_equals_unpacked(nano_rows):
@@ -499,8 +499,8 @@ def test_cache_is_the_latent_and_nothing_else():
     """Cache bytes a token = (C + R) * layers * item size, whatever the number of heads."""
     for name in ("nano", "tiny", "deepseek_v3"):
         config = preset(name).model
-        latent = jax.eval_shape(lambda c=config: empty_latent(c, 1, jnp.bfloat16))
-        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(latent)) / PAGE_SIZE
+        entries = jax.eval_shape(lambda c=config: empty_entries(c, 1, jnp.bfloat16))
+        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(entries)) / PAGE_SIZE
         attention = config.stacks[0].blocks[0].attention
         assert total == (attention.kv_latent_dim + attention.rope_dim) * config.num_layers * 2
 

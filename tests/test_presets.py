@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dsjax.config import MoeConfig
+from dsjax.config import GqaConfig, MlaConfig, MoeConfig
 from dsjax.errors import InputError
 from dsjax.plan.count import ParameterCounts, cache_bytes_per_token, parameter_counts
 from dsjax.presets import deepseek_v2, deepseek_v2_lite, deepseek_v3, nano, preset, presets, tiny
@@ -118,6 +118,62 @@ def sizes_of(config):
 
 MODELS = (deepseek_v2_lite, deepseek_v2, deepseek_v3)
 
+# Layers, width, FFN, heads, key/value heads, vocabulary, theta, eps, positions, extension of the
+# context, biases: the published config.json files. Then the peak of the learning rate.
+QWEN_7B = (152_064, 1e4, 1e-6, 131_072, None, True)
+QWEN = (152_064, 1e6, 1e-5, 131_072, None, True)
+LLAMA = (128_256, 5e5, 1e-5, 131_072, (8.0, 8192, 1.0, 4.0), False)
+CODER = (32_256, 1e5, 1e-6, 16_384, 4.0, False)
+DENSE = {
+    "r1_distill_qwen_1_5b": (28, 1536, 8960, 12, 2, 151_936, *QWEN_7B[1:], 1e-4),
+    "r1_distill_qwen_7b": (28, 3584, 18_944, 28, 4, *QWEN_7B, 8e-5),
+    "r1_distill_qwen_14b": (48, 5120, 13_824, 40, 8, *QWEN, 7e-5),
+    "r1_distill_qwen_32b": (64, 5120, 27_648, 40, 8, *QWEN, 6e-5),
+    "r1_distill_llama_8b": (32, 4096, 14_336, 32, 8, *LLAMA, 5e-5),
+    "r1_distill_llama_70b": (80, 8192, 28_672, 64, 8, *LLAMA, 2e-5),
+    "deepseek_llm_7b": (30, 4096, 11_008, 32, 32, 102_400, 1e4, 1e-6, 4096, None, False, 4.2e-4),
+    "deepseek_coder_6_7b": (32, 4096, 11_008, 32, 32, *CODER, 4.2e-4),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_student_has_its_published_numbers(name):
+    config = preset(name)
+    model, train = config.model, config.train
+    (stack,) = model.stacks
+    (block,) = stack.blocks
+    gqa, llama3 = block.attention, block.attention.rope.llama3
+    extension = None if gqa.rope.linear_factor == 1.0 else gqa.rope.linear_factor
+    if llama3 is not None:
+        extension = (
+            *(llama3.factor, llama3.original_max_positions),
+            *(llama3.low_freq_factor, llama3.high_freq_factor),
+        )
+    assert DENSE[name] == (
+        *(stack.repeats, model.embed_dim, block.ffn.hidden_dim, gqa.num_heads, gqa.num_kv_heads),
+        *(model.vocab_size, gqa.rope.theta, model.norm_eps, model.max_positions),
+        *(extension, gqa.qkv_bias, train.optimizer.learning_rate),
+    )
+    assert gqa.head_dim == 128
+    assert gqa.num_heads * 128 == model.embed_dim
+    assert (gqa.out_bias, model.tie_embeddings, gqa.rope.yarn, model.mtp) == (
+        False,
+        False,
+        None,
+        None,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in DENSE if name.startswith("r1_")])
+def test_students_are_distilled_as_published(name):
+    """R1 report: batches of 64, 32,768 tokens, a cosine from the peak to its tenth."""
+    train = preset(name).train
+    assert (train.batch_size, train.seq_len) == (64, 32_768)
+    shares = [float(value_at(train.optimizer.schedule, share)) for share in (0.0, 0.5, 1.0)]
+    assert shares == pytest.approx([1.0, 0.55, 0.1], rel=1e-6)
+    epochs = train.total_tokens / train.seq_len / 800_000
+    assert 2 <= epochs <= 3
+
 
 @pytest.mark.parametrize("number", [*PUBLISHED, *TRAINED])
 @pytest.mark.parametrize("make", MODELS)
@@ -154,7 +210,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name():
     with pytest.raises(InputError, match=r"unknown preset 'deepseek_v4'; did you mean 'deepseek_v"):
         preset("deepseek_v4")
     with pytest.raises(
-        InputError, match=r"known: deepseek_v2, deepseek_v2_lite, .*tiny_context, v3_20m"
+        InputError, match=r"known: deepseek_coder_6_7b, deepseek_llm_7b, deepseek_v2, .*v3_20m"
     ):
         preset("")
     assert preset("tiny") == tiny()
@@ -234,7 +290,17 @@ COUNTS = {
     "deepseek_v2_lite": (15_706_484_224, 0, 2_451_435_008, 102_400 * 2048),
     "deepseek_v2": (235_741_434_880, 0, 20_851_512_320, 102_400 * 5120),
     "deepseek_v3": (671_026_404_352, 11_610_067_968, 36_625_603_584, 129_280 * 7168),
+    # The totals are those of the published checkpoints.
+    "r1_distill_qwen_1_5b": (1_777_088_000, 0, 1_543_714_304, 151_936 * 1536),
+    "r1_distill_qwen_7b": (7_615_616_512, 0, 7_070_619_136, 152_064 * 3584),
+    "r1_distill_qwen_14b": (14_770_033_664, 0, 13_991_465_984, 152_064 * 5120),
+    "r1_distill_qwen_32b": (32_763_876_352, 0, 31_985_308_672, 152_064 * 5120),
+    "r1_distill_llama_8b": (8_030_261_248, 0, 7_504_924_672, 128_256 * 4096),
+    "r1_distill_llama_70b": (70_553_706_496, 0, 69_503_033_344, 128_256 * 8192),
+    "deepseek_llm_7b": (6_910_365_696, 0, 6_490_935_296, 102_400 * 4096),
+    "deepseek_coder_6_7b": (6_740_512_768, 0, 6_608_392_192, 32_256 * 4096),
     "nano": (109_272, 34_888, 56_024, 512 * 32),
+    "nano_dense": (41_248, 0, 41_248, 512 * 32),
     "tiny": (2_903_808, 736_032, 1_314_560, 2048 * 128),
     "tiny_context": (405_472, 0, 301_024, 512 * 96),
     "v3_20m": (19_579_072, 0, 4_767_936, 4096 * 256),
@@ -253,6 +319,19 @@ def test_parameters_are_counted_exactly(name):
     assert parameter_counts(preset(name)) == expected
 
 
+def attention_on_paper(attention, d):
+    """A layer's projections, their biases, and the norms of latents."""
+    n = attention.num_heads
+    if isinstance(attention, GqaConfig):
+        width = (n + 2 * attention.num_kv_heads) * attention.head_dim
+        biases = attention.qkv_bias * width + attention.out_bias * d
+        return d * width + n * attention.head_dim * d + biases
+    c, q = attention.kv_latent_dim, attention.q_latent_dim
+    p, r, h = attention.nope_dim, attention.rope_dim, attention.value_dim
+    queries = d * n * (p + r) if q is None else d * q + q + q * n * (p + r)
+    return queries + d * (c + r) + c + c * n * (p + h) + n * h * d
+
+
 def parameters_on_paper(config):
     """(total, active) by the equations of the reports, from the configuration's numbers alone."""
     model = config.model
@@ -260,12 +339,8 @@ def parameters_on_paper(config):
     total = active = d  # the final norm
     for stack in model.stacks:
         for block in stack.blocks:
-            mla, ffn = block.attention, block.ffn
-            n, c, q = mla.num_heads, mla.kv_latent_dim, mla.q_latent_dim
-            p, r, h = mla.nope_dim, mla.rope_dim, mla.value_dim
-            queries = d * n * (p + r) if q is None else d * q + q + q * n * (p + r)
-            keys = d * (c + r) + c + c * n * (p + h)
-            both = queries + keys + n * h * d + 2 * d  # the output, and two norms
+            ffn = block.ffn
+            both = attention_on_paper(block.attention, d) + 2 * d  # and two norms
             if isinstance(ffn, MoeConfig):
                 expert = 3 * d * ffn.expert_dim
                 both += d * ffn.num_experts + ffn.num_shared_experts * expert
@@ -275,7 +350,8 @@ def parameters_on_paper(config):
                 both += 3 * d * ffn.hidden_dim
             total += stack.repeats * both
             active += stack.repeats * both
-    return total + 2 * model.vocab_size * d, active + model.vocab_size * d
+    matrices = 1 if model.tie_embeddings else 2
+    return total + matrices * model.vocab_size * d, active + model.vocab_size * d
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -299,11 +375,16 @@ def test_the_counts_are_the_published_ones(make, total, active):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_cached_token_costs_c_plus_r_numbers_a_layer(name):
+    """Or, with grouped-query attention, a key and a value of each key/value head."""
     model = preset(name).model
+
+    def cached(attention):
+        if isinstance(attention, MlaConfig):
+            return attention.kv_latent_dim + attention.rope_dim
+        return 2 * attention.num_kv_heads * attention.head_dim
+
     numbers = sum(
-        stack.repeats * (block.attention.kv_latent_dim + block.attention.rope_dim)
-        for stack in model.stacks
-        for block in stack.blocks
+        stack.repeats * cached(block.attention) for stack in model.stacks for block in stack.blocks
     )
     assert cache_bytes_per_token(model, 2) == 2 * numbers
 

@@ -1,4 +1,4 @@
-"""Generation of a batch: one prefill, then one token a step over the latent cache.
+"""Generation of a batch: one prefill, then one token a step over the cache.
 
 Knows nothing about text or training. B sequences, T prompt positions, G new positions.
 """
@@ -13,8 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsjax.infer.sampler import Sampling, sample
-from dsjax.model.cache import PAGE_SIZE, Cache, advance, contiguous_table, empty_latent
+from dsjax.model.cache import PAGE_SIZE, Cache, Entries, advance, contiguous_table, empty_entries
 from dsjax.model.transformer import Transformer, merge
+from dsjax.precision import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,19 @@ class Generation:
 def prepare(params: dict, bias: dict, dtype: jnp.dtype) -> tuple[dict, dict]:
     """Casts weights for decoding, once a weight version; those of that dtype are shared.
 
-    The router's weight stays float32, and norms keep what they are kept in.
+    The router's weight stays float32; norms, and weights in FP8, keep what they are kept in.
     """
 
     def cast(path, leaf):
         name = jax.tree_util.keystr(path[-1:])
-        return leaf if "router" in name or "norm" in name else leaf.astype(dtype)
+        if isinstance(leaf, Quantized) or "router" in name or "norm" in name:
+            return leaf
+        return leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params), bias
+    def whole(leaf):
+        return isinstance(leaf, Quantized)
+
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=whole), bias
 
 
 def generate(
@@ -137,10 +143,10 @@ def run(
     model = merge(graphdef, *prepare(params, bias, dtype))
     batch, width = tokens_BT.shape
     table_BX = contiguous_table(batch, width + budget)
-    latent = empty_latent(model.config, table_BX.size, model.precision.compute_dtype)
+    entries = empty_entries(model.config, table_BX.size, model.precision.compute_dtype)
     draw = functools.partial(sample, temperature=temperature, top_p=top_p, allowed=allowed)
 
-    hidden_BD, latent = prefill(model, tokens_BT, length_B, latent, table_BX)
+    hidden_BD, entries = prefill(model, tokens_BT, length_B, entries, table_BX)
     logits_BV = model.logits(hidden_BD[:, None])[:, 0]
     token_B, log_B = draw(logits_BV, jax.random.fold_in(key, 0))
 
@@ -149,19 +155,19 @@ def run(
         return (step < max_tokens) & ~done_B.all()
 
     def step(loop):
-        i, token_B, log_B, tokens_BG, log_probs_BG, latent, count_B, done_B = loop
+        i, token_B, log_B, tokens_BG, log_probs_BG, entries, count_B, done_B = loop
         tokens_BG = tokens_BG.at[:, i].set(token_B)
         log_probs_BG = log_probs_BG.at[:, i].set(log_B)
         count_B = count_B + ~done_B
         done_B = done_B | (token_B[:, None] == stop_ids).any(axis=1)
-        logits_BV, latent = decode(model, token_B, length_B + i, ~done_B, latent, table_BX)
+        logits_BV, entries = decode(model, token_B, length_B + i, ~done_B, entries, table_BX)
         token_B, log_B = draw(logits_BV, jax.random.fold_in(key, i + 1))
-        return i + 1, token_B, log_B, tokens_BG, log_probs_BG, latent, count_B, done_B
+        return i + 1, token_B, log_B, tokens_BG, log_probs_BG, entries, count_B, done_B
 
     tokens_BG = jnp.zeros((batch, budget), jnp.int32)
     log_probs_BG = jnp.zeros((batch, budget), jnp.float32)
     nothing_B = jnp.zeros((batch,), jnp.int32)
-    start = (0, token_B, log_B, tokens_BG, log_probs_BG, latent, nothing_B, nothing_B > 0)
+    start = (0, token_B, log_B, tokens_BG, log_probs_BG, entries, nothing_B, nothing_B > 0)
     *_, tokens_BG, log_probs_BG, _, count_B, done_B = jax.lax.while_loop(unfinished, step, start)
     return tokens_BG, log_probs_BG, count_B, done_B
 
@@ -170,9 +176,9 @@ def prefill(
     model: Transformer,
     tokens_BT: Int[Array, "B T"],
     length_B: Int[Array, " B"],
-    latent: dict[str, Array],
+    entries: dict[str, Entries],
     table_BX: Int[Array, "B X"],
-) -> tuple[Float[Array, "B D"], dict[str, Array]]:
+) -> tuple[Float[Array, "B D"], dict[str, Entries]]:
     """Runs prompts, padded on the right, into an empty cache.
 
     Returns:
@@ -184,12 +190,12 @@ def prefill(
         tokens_BT,
         positions_BT=positions_BT,
         segments_BT=(positions_BT >= 0).astype(jnp.int32),
-        cache=Cache(latent, pages, fresh=True),
+        cache=Cache(entries, pages, fresh=True),
     )
     assert output.cache is not None  # it was given one
     last_B11 = (length_B - 1)[:, None, None]
     hidden_BD = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)[:, 0]
-    return hidden_BD, output.cache.latent
+    return hidden_BD, output.cache.entries
 
 
 def decode(
@@ -197,9 +203,9 @@ def decode(
     token_B: Int[Array, " B"],
     cached_B: Int[Array, " B"],
     running_B: Bool[Array, " B"],
-    latent: dict[str, Array],
+    entries: dict[str, Entries],
     table_BX: Int[Array, "B X"],
-) -> tuple[Float[Array, "B V"], dict[str, Array]]:
+) -> tuple[Float[Array, "B V"], dict[str, Entries]]:
     """Runs one new token of each running sequence.
 
     Args:
@@ -207,7 +213,7 @@ def decode(
         token_B: int32 tokens to run.
         cached_B: int32 positions cached before.
         running_B: bool; a finished sequence writes nothing and reaches no expert.
-        latent: the cache's arrays.
+        entries: the cache's arrays.
         table_BX: their pages.
 
     Returns:
@@ -218,7 +224,7 @@ def decode(
         token_B[:, None],
         positions_BT=positions_B1,
         segments_BT=running_B[:, None].astype(jnp.int32),
-        cache=Cache(latent, pages),
+        cache=Cache(entries, pages),
     )
     assert output.cache is not None  # it was given one
-    return model.logits(output.hidden_BTD)[:, 0], output.cache.latent
+    return model.logits(output.hidden_BTD)[:, 0], output.cache.entries

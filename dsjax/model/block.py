@@ -7,9 +7,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 
-from dsjax.config import BlockConfig, ModelConfig, MoeConfig, RopeConfig
+from dsjax.config import BlockConfig, GqaConfig, ModelConfig, MoeConfig, RopeConfig
 from dsjax.model import rope
-from dsjax.model.cache import Pages
+from dsjax.model.cache import Entries, Pages
+from dsjax.model.gqa import GroupedQueryAttention
 from dsjax.model.layers import SwiGlu, norm_scale, rms_norm
 from dsjax.model.mla import MultiHeadLatentAttention
 from dsjax.model.moe import ExpertStack, MixtureOfExperts, MoeAux
@@ -30,11 +31,17 @@ class Block(nnx.Module):
         key: PRNGKeyArray,
     ):
         self.norm_eps = model.norm_eps
-        self.rope = config.attention.rope
+        self.rope, self.rope_dim = config.attention.rope, config.attention.rope_dim
         key_attention, key_ffn = jax.random.split(key)
         d, shared = model.embed_dim, {"std": model.init_std, "precision": precision, "rules": rules}
         self.attention_norm_D = norm_scale(d, "act_embed", precision)
-        self.attention = MultiHeadLatentAttention(config.attention, d, key=key_attention, **shared)
+        self.attention: MultiHeadLatentAttention | GroupedQueryAttention
+        if isinstance(config.attention, GqaConfig):
+            self.attention = GroupedQueryAttention(config.attention, d, key=key_attention, **shared)
+        else:
+            self.attention = MultiHeadLatentAttention(
+                config.attention, d, key=key_attention, **shared
+            )
         self.ffn_norm_D = norm_scale(d, "act_embed", precision)
         self.ffn: MixtureOfExperts | SwiGlu
         if isinstance(config.ffn, MoeConfig):
@@ -46,26 +53,26 @@ class Block(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         *,
-        turns: dict[RopeConfig, rope.Rotation],
+        turns: dict[tuple[RopeConfig, int], rope.Rotation],
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
-        latent_LXSZ: Float[Array, "L X S Z"] | None = None,
+        entries: Entries | None = None,
         layer: Int[Array, ""] | None = None,
         pages: Pages | None = None,
         fresh: bool = True,
         bias_E: Float[Array, " E"] | None = None,
         routing_BTK: UInt16[Array, "B T K"] | None = None,
         expert_stack: ExpertStack | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L X S Z"] | None, MoeAux | None]:
+    ) -> tuple[Float[Array, "B T D"], Entries | None, MoeAux | None]:
         """Runs the block.
 
         Args:
             x_BTD: hidden states.
-            turns: the rotation of each RopeConfig in the model.
-            positions_BT: see `MultiHeadLatentAttention`, as are segments, latent, layer, pages and
+            turns: the rotation of each RopeConfig and width in the model.
+            positions_BT: see `MultiHeadLatentAttention`, as are segments, entries, layer, pages and
                 fresh.
             segments_BT: documents of a packed row; 0 is padding.
-            latent_LXSZ: the stack's cache, or None.
+            entries: the stack's cache, or None.
             layer: this block's layer of the cache.
             pages: places in the cache.
             fresh: nothing is cached before these positions.
@@ -77,12 +84,13 @@ class Block(nnx.Module):
             (hidden states, the cache, what the experts tell or None for a dense layer).
         """
         normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps)
-        attended_BTD, latent_LXSZ = self.attention(
+        attended_BTD, entries = self.attention(
             normed_BTD,
-            turn=turns[self.rope],
+            turn=turns[self.rope, self.rope_dim],
             positions_BT=positions_BT,
             segments_BT=segments_BT,
-            latent_LXSZ=latent_LXSZ,
+            # The cache of a stack is of its attention's kind.
+            entries=entries,  # pyrefly: ignore[bad-argument-type]
             layer=layer,
             pages=pages,
             fresh=fresh,
@@ -90,7 +98,7 @@ class Block(nnx.Module):
         x_BTD = x_BTD + attended_BTD
         normed_BTD = rms_norm(x_BTD, self.ffn_norm_D[...], self.norm_eps)
         if isinstance(self.ffn, SwiGlu):
-            return x_BTD + self.ffn(normed_BTD), latent_LXSZ, None
+            return x_BTD + self.ffn(normed_BTD), entries, None
         y_BTD, aux = self.ffn(
             normed_BTD,
             bias_E=bias_E,
@@ -98,4 +106,4 @@ class Block(nnx.Module):
             routing_BTK=routing_BTK,
             expert_stack=expert_stack,
         )
-        return x_BTD + y_BTD, latent_LXSZ, aux
+        return x_BTD + y_BTD, entries, aux

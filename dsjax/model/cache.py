@@ -1,19 +1,36 @@
-"""The paged cache of latents: 576 numbers a token a layer in V3, whatever the number of heads.
+"""The paged cache: of latents, 576 numbers a token a layer in V3, or of keys and values.
 
 Knows nothing about how attention reads it. L layers of a stack, X pages of S positions,
-Z = C + R numbers an entry (latent first, rope key already rotated), B sequences, T new positions.
+Z = C + R numbers an entry of MLA (latent first, rope key already rotated), I key/value heads of
+widths A and H in grouped-query attention, B sequences, T new positions.
 """
 
 import dataclasses
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.config import AttentionConfig, MlaConfig, ModelConfig
 
 PAGE_SIZE = 64
+
+
+class KeysValues(NamedTuple):
+    """What grouped-query attention caches; keys already rotated.
+
+    Attributes:
+        k_LXSIA: keys.
+        v_LXSIH: values.
+    """
+
+    k_LXSIA: Array
+    v_LXSIH: Array
+
+
+# Of one block of a stack's pattern, all layers: MLA's latents [L, X, S, Z], or keys and values.
+Entries = Array | KeysValues
 
 
 @no_type_check  # its leaves may be shapes, shardings or flags
@@ -40,13 +57,13 @@ class Cache:
     """What a forward pass reads and writes; travels through the layers as a scan carry.
 
     Attributes:
-        latent: {stack: [L, X, S, Z]}.
+        entries: {stack: latents [L, X, S, Z], or `KeysValues`}.
         pages: the same for every layer.
         fresh: static; nothing is cached for these sequences yet, so the new positions attend to
-            each other only, in the cheaper expanded form.
+            each other only, as in training (MLA: in the cheaper expanded form).
     """
 
-    latent: dict[str, Array]
+    entries: dict[str, Entries]
     pages: Pages
     fresh: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -57,14 +74,21 @@ def contiguous_table(batch: int, max_positions: int) -> Int[Array, "B X"]:
     return jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages)
 
 
-def empty_latent(
-    config: ModelConfig, num_pages: int, dtype: Any
-) -> dict[str, Float[Array, "_L X S _Z"]]:
+def empty_entries(config: ModelConfig, num_pages: int, dtype: Any) -> dict[str, Entries]:
     """Zeroed cache arrays for every stack of the model; MTP keeps none."""
-    return {
-        stack.key(i): jnp.zeros(
-            (stack.repeats, num_pages, PAGE_SIZE, block.attention.cache_dim), dtype
+
+    def empty(attention: AttentionConfig, layers: int) -> Entries:
+        shape = (layers, num_pages, PAGE_SIZE)
+        if isinstance(attention, MlaConfig):
+            return jnp.zeros((*shape, attention.cache_dim), dtype)
+        heads = attention.num_kv_heads
+        return KeysValues(
+            jnp.zeros((*shape, heads, attention.head_dim), dtype),
+            jnp.zeros((*shape, heads, attention.value_dim), dtype),
         )
+
+    return {
+        stack.key(i): empty(block.attention, stack.repeats)
         for stack in config.stacks
         for i, block in enumerate(stack.blocks)
     }
@@ -90,14 +114,17 @@ def advance(
 
 
 def write(
-    latent_LXSZ: Float[Array, "L X S Z"],
+    cache_LXS: Float[Array, "L X S *_"],
     layer: Int[Array, ""],
-    entries_BTZ: Float[Array, "B T Z"],
+    new_BT: Float[Array, "B T *_"],
     slot_BT: Int[Array, "B T"],
-) -> Float[Array, "L X S Z"]:
-    """Writes new entries of one layer in place (the array is a scan carry)."""
-    pages, size = latent_LXSZ.shape[1:3]
+) -> Float[Array, "L X S *_"]:
+    """Writes new entries of one layer in place (the array is a scan carry).
+
+    What an entry is, the dimensions past S and T, is the caller's: Z, or I and A.
+    """
+    pages, size = cache_LXS.shape[1:3]
     page_BT = jnp.where(slot_BT < 0, pages, slot_BT // size)  # out of range: dropped
-    return latent_LXSZ.at[layer, page_BT, slot_BT % size].set(
-        entries_BTZ.astype(latent_LXSZ.dtype), mode="drop"
+    return cache_LXS.at[layer, page_BT, slot_BT % size].set(
+        new_BT.astype(cache_LXS.dtype), mode="drop"
     )

@@ -28,6 +28,11 @@ def weight(
     return nnx.Param(values.astype(precision.param_dtype), axes=axes)
 
 
+def bias(shape: Sequence[int], axes: tuple[str | None, ...], precision: Precision) -> nnx.Param:
+    """Declares what is added to a projection, zeros; the optimizer lets it not decay."""
+    return nnx.Param(jnp.zeros(tuple(shape), precision.param_dtype), axes=axes, decays=False)
+
+
 def norm_scale(size: int, axis: str | None, precision: Precision) -> nnx.Param:
     """Declares the scale of an RMSNorm, ones."""
     return nnx.Param(jnp.ones((size,), precision.param_dtype), axes=(axis,))

@@ -63,7 +63,7 @@ class MultiHeadLatentAttention(nnx.Module):
         turn: rope.Rotation,
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
-        latent_LXSZ: Float[Array, "L X S Z"] | None = None,
+        entries: Float[Array, "L X S Z"] | None = None,
         layer: Int[Array, ""] | None = None,
         pages: Pages | None = None,
         fresh: bool = True,
@@ -75,7 +75,7 @@ class MultiHeadLatentAttention(nnx.Module):
             turn: `rope.rotation` of the positions.
             positions_BT: int32 positions; negative ones attend to nothing.
             segments_BT: int32 documents of a packed row; 0 is padding.
-            latent_LXSZ: the stack's cache, or None without one.
+            entries: the stack's cache [L, X, S, Z], or None without one.
             layer: which layer of the cache is this one's.
             pages: where new positions are written and old ones read.
             fresh: nothing is cached before these positions: attends among them in the expanded
@@ -85,26 +85,22 @@ class MultiHeadLatentAttention(nnx.Module):
             (output [B, T, D], the cache with this layer's new entries, or None).
         """
         q_nope_BTNP, q_rope_BTNR = self._queries(x_BTD, turn)
-        entries_BTZ = self._entries(x_BTD, turn)
-        if latent_LXSZ is not None:
+        new_BTZ = self._entries(x_BTD, turn)
+        if entries is not None:
             assert layer is not None  # it and the pages come with a cache
             assert pages is not None
-            latent_LXSZ = write(latent_LXSZ, layer, entries_BTZ, pages.slot_BT)
+            entries = write(entries, layer, new_BTZ, pages.slot_BT)
         if fresh:
-            out_BTNH = self._expanded(
-                q_nope_BTNP, q_rope_BTNR, entries_BTZ, segments_BT, positions_BT
-            )
+            out_BTNH = self._expanded(q_nope_BTNP, q_rope_BTNR, new_BTZ, segments_BT, positions_BT)
         else:
-            out_BTNH = self._absorbed(
-                q_nope_BTNP, q_rope_BTNR, latent_LXSZ, layer, pages, positions_BT
-            )
+            out_BTNH = self._absorbed(q_nope_BTNP, q_rope_BTNR, entries, layer, pages, positions_BT)
         out_BTD = self.precision.linear(
             out_BTNH,
             self.w_o_NHD[...],
             "btnh,nhd->btd",
             out_sharding=self.rules("batch", "seq", "act_embed"),
         )
-        return out_BTD, latent_LXSZ
+        return out_BTD, entries
 
     @property
     def _scale(self) -> float:
@@ -158,7 +154,8 @@ class MultiHeadLatentAttention(nnx.Module):
         """W^UK taken into the query, W^UV after the sum: multi-query attention over the latent."""
         config, linear = self.config, self.precision.linear
         per_head = self.rules("batch", "seq", "act_heads", None)
-        w_uk_CNP, w_uv_CNH = jnp.split(self.w_ukv_CNY[...], [config.nope_dim], axis=-1)
+        w_ukv_CNY = self.precision.dense(self.w_ukv_CNY[...])
+        w_uk_CNP, w_uv_CNH = jnp.split(w_ukv_CNY, [config.nope_dim], axis=-1)
         q_latent_BTNC = linear(q_nope_BTNP, w_uk_CNP, "btnp,cnp->btnc", out_sharding=per_head)
         q_BTNZ = jnp.concatenate([q_latent_BTNC, q_rope_BTNR], axis=-1)
         out_BTNC, _ = mla_decode(

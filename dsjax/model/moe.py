@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 from dsjax.config import MoeConfig
 from dsjax.model import router
 from dsjax.model.layers import SwiGlu, swiglu, weight
-from dsjax.precision import Precision
+from dsjax.precision import Precision, Quantized
 from sharding.dispatch import PLAN, combine, dispatch
 from sharding.rules import AxisRules
 
@@ -49,8 +49,8 @@ class ExpertStack(NamedTuple):
     a layer its own weights copies all of them first.
     """
 
-    w_in_LED2F: Array
-    w_down_LEFD: Array
+    w_in_LED2F: Array | Quantized
+    w_down_LEFD: Array | Quantized
     layer: Array
 
 
@@ -180,7 +180,7 @@ class MixtureOfExperts(nnx.Module):
     def _routed_few(self, x_UD, gates_UK, expert_UK, stack):
         """`_routed` for a handful of tokens: expert e of layer l is number l * E + e."""
         linear, num_experts = self.precision.grouped_linear, self.config.num_experts
-        layers = stack.w_in_LED2F.shape[0]
+        layers = jax.tree.leaves(stack.w_in_LED2F)[0].shape[0]
         x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, num_experts=num_experts)
         tile_expert = jnp.where(
             plan.tile_expert < num_experts,
@@ -188,9 +188,14 @@ class MixtureOfExperts(nnx.Module):
             layers * num_experts,
         )
         with jax.named_scope("experts"):
-            w_in = stack.w_in_LED2F.reshape(layers * num_experts, *stack.w_in_LED2F.shape[2:])
-            w_down = stack.w_down_LEFD.reshape(layers * num_experts, *stack.w_down_LEFD.shape[2:])
-            hidden_XF = swiglu(linear(x_XD, w_in, tile_expert))
+            hidden_XF = swiglu(linear(x_XD, _joined(stack.w_in_LED2F), tile_expert))
             hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
-            y_XD = linear(hidden_XF, w_down, tile_expert)
+            y_XD = linear(hidden_XF, _joined(stack.w_down_LEFD), tile_expert)
         return combine(y_XD, plan), load_E
+
+
+def _joined(w_LEDF):
+    """Layers and experts as one dimension."""
+    if isinstance(w_LEDF, Quantized):
+        return w_LEDF.joined()
+    return w_LEDF.reshape(-1, *w_LEDF.shape[2:])

@@ -1,7 +1,8 @@
-"""Rotary position embedding on interleaved pairs, and YaRN.
+"""Rotary position embedding on interleaved pairs, and how it is stretched over longer contexts.
 
 Knows nothing about attention. R rope width, B sequences, T positions.
-Sources: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071); DeepSeek-V2 report, 2.1.3 and 3.1.4.
+Sources: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071); DeepSeek-V2 report, 2.1.3 and 3.1.4;
+position interpolation (arXiv 2306.15595); Llama 3.1's published code.
 """
 
 import math
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-from dsjax.config import RopeConfig, YarnConfig
+from dsjax.config import Llama3RopeConfig, RopeConfig, YarnConfig
 
 Rotation = tuple[Float[Array, "B T R2"], Float[Array, "B T R2"]]  # cos and sin, float32; R / 2
 
@@ -25,13 +26,17 @@ def frequencies(rope_dim: int, config: RopeConfig) -> Float64[np.ndarray, " R2"]
 
     With YaRN, pairs that turn more than `beta_fast` times within the original context keep their
     frequency, those below `beta_slow` turns are divided by `factor`, and a linear ramp over the
-    pair's index lies between (YaRN paper, section 3.2).
+    pair's index lies between (YaRN paper, section 3.2). Llama 3's ramp is linear in turns instead.
+    Position interpolation divides every frequency.
 
     Returns:
         float64 [R / 2], fastest first.
     """
     inverse = config.theta ** (-np.arange(0, rope_dim, 2, dtype=np.float64) / rope_dim)
+    inverse = inverse / config.linear_factor
     yarn = config.yarn
+    if config.llama3 is not None:
+        return _llama3(inverse, config.llama3)
     if yarn is None:
         return inverse
 
@@ -44,6 +49,14 @@ def frequencies(rope_dim: int, config: RopeConfig) -> Float64[np.ndarray, " R2"]
     width = high - low if high != low else 0.001  # as published: no division by zero
     ramp = np.clip((np.arange(rope_dim // 2) - low) / width, 0.0, 1.0)
     return inverse / yarn.factor * ramp + inverse * (1.0 - ramp)
+
+
+def _llama3(inverse: np.ndarray, config: Llama3RopeConfig) -> np.ndarray:
+    """Frequencies by how often a pair turns within the original context."""
+    turns = config.original_max_positions * inverse / (2 * math.pi)
+    kept = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return inverse / config.factor * (1.0 - kept) + inverse * kept
 
 
 def rotation(positions_BT: Int[Array, "B T"], rope_dim: int, config: RopeConfig) -> Rotation:

@@ -106,7 +106,8 @@ class Transformer(nnx.Module):
         std = {"std": config.init_std, "precision": precision}
         self.embed_VD = weight(key_embed, (v, d), ("vocab", "act_embed"), **std)
         self.final_norm_D = norm_scale(d, "act_embed", precision)
-        self.head_DV = weight(key_head, (d, v), ("embed", "vocab"), **std)
+        if not config.tie_embeddings:
+            self.head_DV = weight(key_head, (d, v), ("embed", "vocab"), **std)
 
         stacks, biases = {}, {}
         for stack_config in config.stacks:
@@ -149,15 +150,15 @@ class Transformer(nnx.Module):
         """
         x_BTD = self.embed(tokens_BT)
         turns = self._turns(positions_BT)
-        latent = {} if cache is None else dict(cache.latent)
+        entries = {} if cache is None else dict(cache.entries)
         aux = Aux({}, {}, {})
         for stack_config in self.config.stacks:
-            x_BTD, latent, stack_aux = self._run_stack(
-                stack_config, x_BTD, latent, turns, positions_BT, segments_BT, cache, routing
+            x_BTD, entries, stack_aux = self._run_stack(
+                stack_config, x_BTD, entries, turns, positions_BT, segments_BT, cache, routing
             )
             aux = aux | stack_aux
         hidden_BTD = rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_eps)
-        new_cache = None if cache is None else dataclasses.replace(cache, latent=latent)
+        new_cache = None if cache is None else dataclasses.replace(cache, entries=entries)
         return Output(hidden_BTD, new_cache, aux)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -166,11 +167,18 @@ class Transformer(nnx.Module):
         x_BTD = self.embed_VD[...].at[tokens_BT].get(out_sharding=out_sharding)
         return x_BTD.astype(self.precision.compute_dtype)
 
+    @property
+    def head_weight_DV(self) -> Float[Array, "D V"]:
+        """The head's matrix: a parameter of its own, or the embedding's, transposed."""
+        if self.config.tie_embeddings:
+            return self.embed_VD[...].T
+        return self.head_DV[...]
+
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores every token of the vocabulary, float32. Training takes the chunked loss."""
         return self.precision.linear(
             hidden_BTD,
-            self.head_DV[...],
+            self.head_weight_DV,
             "btd,dv->btv",
             role="head",
             out_sharding=self.rules("batch", "seq", "vocab"),
@@ -222,30 +230,30 @@ class Transformer(nnx.Module):
         return hidden_BTD, _aux("mtp", told)
 
     def _turns(self, positions_BT) -> dict:
-        """The rotation of every distinct rope of the model, once for all layers."""
+        """The rotation of every distinct rope and width of the model, once for all layers."""
         blocks = [block for s in self.config.stacks for block in s.blocks]
         if self.config.mtp is not None:
             blocks.append(self.config.mtp.block)
-        widths = {block.attention.rope: block.attention.rope_dim for block in blocks}
-        return {key: rope.rotation(positions_BT, dim, key) for key, dim in widths.items()}
+        keys = dict.fromkeys((block.attention.rope, block.attention.rope_dim) for block in blocks)
+        return {(key, dim): rope.rotation(positions_BT, dim, key) for key, dim in keys}
 
-    def _run_stack(self, config, x_BTD, latent, turns, positions_BT, segments_BT, cache, routing):
+    def _run_stack(self, config, x_BTD, entries, turns, positions_BT, segments_BT, cache, routing):
         """Scans one stack; its caches are part of the carry, its parameters are read only."""
         keys = [config.key(i) for i in range(len(config.blocks))]
         routed = [k for k, b in zip(keys, config.blocks, strict=True) if _routed(b)]
 
         def layer(carry, xs):
-            x_BTD, latent = carry
+            x_BTD, entries = carry
             blocks, biases, choices, index = xs
             told = {}
             for key, block in zip(keys, blocks, strict=True):
                 bank = banks.get(key)
-                x_BTD, entries, aux = block(
+                x_BTD, written, aux = block(
                     x_BTD,
                     turns=turns,
                     positions_BT=positions_BT,
                     segments_BT=segments_BT,
-                    latent_LXSZ=latent.get(key),
+                    entries=entries.get(key),
                     layer=index,
                     pages=None if cache is None else cache.pages,
                     fresh=cache is None or cache.fresh,
@@ -253,13 +261,13 @@ class Transformer(nnx.Module):
                     routing_BTK=choices.get(key),
                     expert_stack=None if bank is None else ExpertStack(bank[0], bank[1], index),
                 )
-                if entries is not None:
-                    latent = latent | {key: entries}
+                if written is not None:
+                    entries = entries | {key: written}
                 if aux is not None:
                     told[key] = aux
-            return (x_BTD, latent), told
+            return (x_BTD, entries), told
 
-        mine = {key: latent[key] for key in keys if key in latent}
+        mine = {key: entries[key] for key in keys if key in entries}
         banks = {}
         if cache is not None and not cache.fresh:
             ffns = {k: b.ffn for k, b in zip(keys, self.stacks[config.name], strict=True)}
@@ -275,7 +283,7 @@ class Transformer(nnx.Module):
         aux = Aux({}, {}, {})
         for key, value in told.items():
             aux = aux | _aux(key, value)
-        return x_BTD, latent | mine, aux
+        return x_BTD, entries | mine, aux
 
 
 def _routed(block) -> bool:

@@ -3,7 +3,8 @@
 Knows nothing about devices: it reads the shapes of a model that is never made, so 671 billion
 parameters are counted in a fraction of a second.
 
-D model width, E experts, K experts a token, V vocabulary, C key/value latent, R rope width.
+D model width, E experts, K experts a token, V vocabulary, C key/value latent, R rope width,
+I key/value heads of widths A and H.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import Config, ModelConfig, MoeConfig
-from dsjax.model.cache import PAGE_SIZE, empty_latent
+from dsjax.model.cache import PAGE_SIZE, empty_entries
 from dsjax.model.transformer import build
 
 
@@ -26,7 +27,8 @@ class ParameterCounts:
         total: of the main model, embedding and head included, MTP not.
         mtp: of the prediction modules, which share the main model's embedding and head.
         active: what one token is multiplied with: `total` without the embedding, which is looked
-            up, and with K of every layer's E routed experts.
+            up, and with K of every layer's E routed experts. A tied embedding stays in: as the head
+            it is a product.
         embedding: V * D, of the embedding alone.
     """
 
@@ -56,18 +58,21 @@ def parameter_counts(config: Config) -> ParameterCounts:
             ffn = blocks[stack][index].ffn
             assert isinstance(ffn, MoeConfig)
             idle += size // ffn.num_experts * (ffn.num_experts - ffn.num_experts_per_token)
+    looked_up = 0 if config.model.tie_embeddings else embedding
     return ParameterCounts(
-        total=total, mtp=mtp, active=total - idle - embedding, embedding=embedding
+        total=total, mtp=mtp, active=total - idle - looked_up, embedding=embedding
     )
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_number: int | float) -> float:
-    """Bytes that one cached token takes in all layers: (C + R) numbers a layer; MTP caches none.
+    """Bytes that one cached token takes in all layers; MTP caches none.
+
+    C + R numbers a layer of latent attention, I * (A + H) of grouped-query attention.
 
     Args:
         config: the model.
         bytes_per_number: 2 for bfloat16; V2's published figure has 0.75, six bits.
     """
-    page = jax.eval_shape(lambda: empty_latent(config, 1, jnp.bfloat16))
-    numbers = sum(math.prod(leaf.shape) for leaf in page.values()) // PAGE_SIZE
+    page = jax.eval_shape(lambda: empty_entries(config, 1, jnp.bfloat16))
+    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(page)) // PAGE_SIZE
     return float(numbers * bytes_per_number)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dsjax.config import BlockConfig, Config, MlaConfig, MoeConfig
+from dsjax.config import AttentionConfig, BlockConfig, Config, MlaConfig, MoeConfig
 
 # Start of `device_kind` -> dense TFLOP/s a device for (bfloat16, float32), None where the device
 # has no such unit; the first that fits. float32 is what XLA runs by default: TF32 on NVIDIA's
@@ -41,16 +41,19 @@ _PEAK_TFLOPS = (
 )
 
 
-def _attention(config: MlaConfig, embed_dim: int, seq_len: int) -> dict[str, int]:
+def _attention(config: AttentionConfig, embed_dim: int, seq_len: int) -> dict[str, int]:
     """Forward operations a token; scores count the causal half of the positions."""
-    n, a, z = config.num_heads, config.head_dim, config.cache_dim
+    n, a, h = config.num_heads, config.head_dim, config.value_dim
     queries = embed_dim * n * a
-    if config.q_latent_dim is not None:
-        queries = embed_dim * config.q_latent_dim + config.q_latent_dim * n * a
-    latent = embed_dim * z + config.kv_latent_dim * n * (config.nope_dim + config.value_dim)
-    out = n * config.value_dim * embed_dim
-    scores = seq_len / 2 * n * (a + config.value_dim)
-    return {"attention": 2 * (queries + latent + out) + int(2 * scores)}
+    if isinstance(config, MlaConfig):
+        if config.q_latent_dim is not None:
+            queries = embed_dim * config.q_latent_dim + config.q_latent_dim * n * a
+        keys = embed_dim * config.cache_dim + config.kv_latent_dim * n * (config.nope_dim + h)
+    else:
+        keys = embed_dim * config.num_kv_heads * (a + h)
+    out = n * h * embed_dim
+    scores = seq_len / 2 * n * (a + h)
+    return {"attention": 2 * (queries + keys + out) + int(2 * scores)}
 
 
 def _ffn(block: BlockConfig, embed_dim: int) -> dict[str, int]:

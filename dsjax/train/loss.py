@@ -198,7 +198,7 @@ def _balance(aux: Aux, rows) -> Balance:
 
 def _mean_cross_entropy(model, hidden_BTD, targets_BT, weights_BT, denominator):
     hidden_UD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    head_DV = model.head_DV[...]
+    head_DV = model.head_weight_DV
     weights_U = weights_BT.reshape(-1) / denominator
     return cross_entropy(model.precision, hidden_UD, head_DV, targets_BT.reshape(-1), weights_U)
 

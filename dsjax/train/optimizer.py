@@ -17,9 +17,10 @@ from dsjax.train.schedule import value_at
 
 
 def decays(model: nnx.Module) -> dict:
-    """Which parameters decay: matrices do, the scales of norms do not.
+    """Which parameters decay: matrices do, the scales of norms and the biases do not.
 
-    Told by logical axes, not by rank: a stack adds a leading `layers` dimension to both.
+    Told by logical axes, not by rank: a stack adds a leading `layers` dimension to both. A bias by
+    heads, which has two, says itself that it does not (`layers.bias`).
 
     Args:
         model: a model, or the abstract one of `jax.eval_shape`.
@@ -27,12 +28,14 @@ def decays(model: nnx.Module) -> dict:
     Returns:
         bools in the tree of the parameters.
     """
+
+    def decays(variable):
+        metadata = variable.get_metadata()
+        axes = [axis for axis in metadata["axes"] if axis != "layers"]
+        return metadata.get("decays", len(axes) > 1)
+
     params = nnx.state(model, nnx.Param)
-    flags = jax.tree.map(
-        lambda variable: len([a for a in variable.get_metadata()["axes"] if a != "layers"]) > 1,
-        params,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )
+    flags = jax.tree.map(decays, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
     return nnx.to_pure_dict(flags)
 
 

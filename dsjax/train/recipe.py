@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsjax.config import Config, ScheduleConfig
+from dsjax.config import Config, RopeConfig, ScheduleConfig
 from dsjax.train.schedule import value_at
 from dsjax.train.stages import Stage, stages
 
@@ -96,10 +96,9 @@ def describe(config: Config) -> str:
     lines = [f"{last.last_step:,} steps, {tokens:,} tokens, {len(found)} stage(s)", ""]
     for number, stage in enumerate(found):
         of, rope = stage.config.train, stage.config.model.stacks[0].blocks[0].attention.rope
-        yarn = "plain rope" if rope.yarn is None else f"YaRN x{rope.yarn.factor:g}"
         lines.append(
             f"stage {number}: steps {stage.first_step:,} to {stage.last_step:,}, "
-            f"{stage.tokens_before[-1]:,} tokens, rows of {of.seq_len:,}, {yarn}"
+            f"{stage.tokens_before[-1]:,} tokens, rows of {of.seq_len:,}, {_rope(rope)}"
         )
     lines += ["", _line([*_COLUMNS])]
     for number, stage in enumerate(found):
@@ -118,6 +117,14 @@ def describe(config: Config) -> str:
         f"fill-in-the-middle at {config.data.fim_rate:g}",
     ]
     return "\n".join(lines)
+
+
+def _rope(rope: RopeConfig) -> str:
+    if rope.yarn is not None:
+        return f"YaRN x{rope.yarn.factor:g}"
+    if rope.llama3 is not None:
+        return f"Llama 3's rope x{rope.llama3.factor:g}"
+    return "plain rope" if rope.linear_factor == 1.0 else f"linear rope x{rope.linear_factor:g}"
 
 
 _COLUMNS = {

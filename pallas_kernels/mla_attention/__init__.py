@@ -1,7 +1,7 @@
-"""Causal attention over packed documents, keys wider than values: MLA's expanded form.
+"""Causal attention over packed documents: MLA's expanded form, and grouped-query attention.
 
 Knows nothing about latents or projections. B sequences, T queries = keys in row order, N heads,
-A key width, H value width.
+I key/value heads (all N of them in MLA), A key width, H value width.
 """
 
 import jax
@@ -11,8 +11,8 @@ from pallas_kernels.mla_attention import reference, xla
 
 def mla_attention(
     q_BTNA: jax.Array,
-    k_BTNA: jax.Array,
-    v_BTNH: jax.Array,
+    k_BTIA: jax.Array,
+    v_BTIH: jax.Array,
     segments_BT: jax.Array,
     positions_BT: jax.Array,
     scale: float,
@@ -23,8 +23,9 @@ def mla_attention(
 
     Args:
         q_BTNA: queries.
-        k_BTNA: keys.
-        v_BTNH: values.
+        k_BTIA: keys; I divides N, and query head n sees key head n // (N / I). They are never
+            repeated.
+        v_BTIH: values, wider or narrower than keys.
         segments_BT: int32; each document is one contiguous run of a number of its own in its row,
             0 is padding.
         positions_BT: int32, rising along the row inside a segment.
@@ -36,11 +37,14 @@ def mla_attention(
         [B, T, N, H] in the values' dtype; padding rows are zero. Softmax in float32.
 
     Raises:
-        ValueError: for an unknown implementation.
+        ValueError: for an unknown implementation, or heads that do not divide.
     """
+    n, i = q_BTNA.shape[2], k_BTIA.shape[2]
+    if n % i != 0 or v_BTIH.shape[2] != i:
+        raise ValueError(f"{n} query heads, {i} of keys and {v_BTIH.shape[2]} of values")
     match implementation:
         case "xla" | None:
-            return xla.mla_attention(q_BTNA, k_BTNA, v_BTNH, segments_BT, positions_BT, scale)
+            return xla.mla_attention(q_BTNA, k_BTIA, v_BTIH, segments_BT, positions_BT, scale)
         case "reference":
-            return reference.mla_attention(q_BTNA, k_BTNA, v_BTNH, segments_BT, positions_BT, scale)
+            return reference.mla_attention(q_BTNA, k_BTIA, v_BTIH, segments_BT, positions_BT, scale)
     raise ValueError(f"unknown implementation {implementation!r}; known: xla, reference")

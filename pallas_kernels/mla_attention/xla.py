@@ -3,6 +3,9 @@
 Milakov and Gimelshein (arXiv 1805.02867) for the online softmax, Dao et al. (arXiv 2205.14135)
 for the recomputation. Memory is linear in T: no [T, T] array is built. Blocks above the diagonal
 and blocks that hold only earlier documents are never visited, so packing saves time.
+
+Query heads that share a key head are more rows of its tile: a tile of queries is [g * block, A],
+head by head, and keys and values are never repeated.
 """
 
 import functools
@@ -15,7 +18,7 @@ MASKED = -1e30
 
 
 def mla_attention(
-    q_BTNA, k_BTNA, v_BTNH, segments_BT, positions_BT, scale, *, block: int | None = None
+    q_BTNA, k_BTIA, v_BTIH, segments_BT, positions_BT, scale, *, block: int | None = None
 ) -> jax.Array:
     """See the package for arguments; `block` is the number of queries and of keys a tile."""
     length = q_BTNA.shape[1]
@@ -37,10 +40,12 @@ def mla_attention(
         return x_BT.reshape(x_BT.shape[0], -1, block).transpose(1, 0, 2)
 
     q = heads_first(padded(q_BTNA * jnp.asarray(scale, q_BTNA.dtype)))
-    k, v = heads_first(padded(k_BTNA)), heads_first(padded(v_BTNH))
+    k, v = heads_first(padded(k_BTIA)), heads_first(padded(v_BTIH))
     segments, positions = tiles(padded(segments_BT)), tiles(padded(positions_BT))
-    out = _attend(q, k, v, segments, positions)
-    tile_count, b, n, _, h = out.shape
+    tile_count, b, n, _, a = q.shape
+    h = v.shape[-1]
+    out = _attend(q.reshape(tile_count, b, k.shape[2], -1, a), k, v, segments, positions)
+    out = out.reshape(tile_count, b, n, block, h)
     return out.transpose(1, 0, 3, 2, 4).reshape(b, tile_count * block, n, h)[:, :length]
 
 
@@ -55,19 +60,21 @@ def _first_tiles(segments: jax.Array) -> jax.Array:
 
 
 def _scores(q, k, segment_q, segment_k, position_q, position_k):
-    """Float32 scores [B, N, t, s] of one pair of tiles, and the mask of the pairs that count."""
-    scores = jnp.einsum("bnta,bnsa->bnts", q, k, preferred_element_type=jnp.float32)
+    """Float32 scores [B, I, g * t, s] of a pair of tiles, and the mask of the pairs that count."""
+    group = q.shape[2] // segment_q.shape[1]  # query heads a key head
+    segment_q, position_q = jnp.tile(segment_q, group), jnp.tile(position_q, group)
+    scores = jnp.einsum("bita,bisa->bits", q, k, preferred_element_type=jnp.float32)
     same = (segment_q[:, :, None] == segment_k[:, None, :]) & (segment_q[:, :, None] != 0)
     mask = same & (position_q[:, :, None] >= position_k[:, None, :])
     return scores, mask[:, None]
 
 
 def _forward_tiles(q, k, v, segments, positions):
-    tile_count, b, n, block, _ = q.shape
+    tile_count, b, i, rows, _ = q.shape
     first = _first_tiles(segments)
 
     def query_tile(_, x):
-        i, q_i, segment_i, position_i, first_i = x
+        tile, q_i, segment_i, position_i, first_i = x
 
         def key_tile(j, carry):
             acc, top, total = carry
@@ -76,7 +83,7 @@ def _forward_tiles(q, k, v, segments, positions):
             weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0)
             shrink = jnp.exp(top - new_top)
             value = jnp.einsum(
-                "bnts,bnsh->bnth",
+                "bits,bish->bith",
                 weights.astype(v.dtype),
                 v[j],
                 preferred_element_type=jnp.float32,
@@ -88,11 +95,11 @@ def _forward_tiles(q, k, v, segments, positions):
             )
 
         start = (
-            jnp.zeros((b, n, block, v.shape[-1]), jnp.float32),
-            jnp.full((b, n, block), MASKED, jnp.float32),
-            jnp.zeros((b, n, block), jnp.float32),
+            jnp.zeros((b, i, rows, v.shape[-1]), jnp.float32),
+            jnp.full((b, i, rows), MASKED, jnp.float32),
+            jnp.zeros((b, i, rows), jnp.float32),
         )
-        acc, top, total = jax.lax.fori_loop(first_i, i + 1, key_tile, start)
+        acc, top, total = jax.lax.fori_loop(first_i, tile + 1, key_tile, start)
         safe = jnp.where(total > 0, total, 1.0)  # a padding row attends to nothing and gives zero
         return None, ((acc / safe[..., None]).astype(v.dtype), top + jnp.log(safe))
 
@@ -113,7 +120,7 @@ def _forward(q, k, v, segments, positions):
 def _backward(saved, d_out):
     q, k, v, segments, positions, out, lse = saved
     tile_count = q.shape[0]
-    delta = jnp.einsum("ibnth,ibnth->ibnt", d_out, out, preferred_element_type=jnp.float32)
+    delta = jnp.einsum("jbith,jbith->jbit", d_out, out, preferred_element_type=jnp.float32)
     # Query tile i needs key tiles first[i]..i, and first rises, so key tile j is needed by a range.
     last = jnp.searchsorted(
         _first_tiles(segments), jnp.arange(tile_count), side="right", method="compare_all"
@@ -127,11 +134,11 @@ def _backward(saved, d_out):
             dq, dk, dv = carry
             scores, mask = _scores(q[i], k_j, segments[i], segment_j, positions[i], position_j)
             weights = jnp.where(mask, jnp.exp(scores - lse[i][..., None]), 0.0)
-            dv = dv + product("bnts,bnth->bnsh", weights.astype(v.dtype), d_out[i])
-            d_weights = product("bnth,bnsh->bnts", d_out[i], v_j)
+            dv = dv + product("bits,bith->bish", weights.astype(v.dtype), d_out[i])
+            d_weights = product("bith,bish->bits", d_out[i], v_j)
             d_scores = (weights * (d_weights - delta[i][..., None])).astype(q.dtype)
-            dk = dk + product("bnts,bnta->bnsa", d_scores, q[i])
-            dq = dq.at[i].add(product("bnts,bnsa->bnta", d_scores, k_j))
+            dk = dk + product("bits,bita->bisa", d_scores, q[i])
+            dq = dq.at[i].add(product("bits,bisa->bita", d_scores, k_j))
             return dq, dk, dv
 
         zeros = jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32)

@@ -2,13 +2,16 @@
 
 import numpy as np
 
+from .gqa import gqa
 from .layers import rms_norm, swiglu
 from .mla import mla
 from .moe import moe_layer
 
 
 def block(x_BTD, weights, *, attention, moe, norm_eps, segments_BT, positions_BT):
-    """u = x + MLA(norm(x)); h = u + FFN(norm(u)); the FFN is MoE if it has a router.
+    """u = x + attention(norm(x)); h = u + FFN(norm(u)); the FFN is MoE if it has a router.
+
+    Attention is grouped-query if its keys have a matrix of their own, else MLA.
 
     Source: V2 section 2 (figure 2), V3 eq. 12 for the residual around the FFN.
 
@@ -16,7 +19,8 @@ def block(x_BTD, weights, *, attention, moe, norm_eps, segments_BT, positions_BT
         (out_BTD, the MoE's aux or None).
     """
     normed_BTD = rms_norm(x_BTD, weights["attention_norm_D"], norm_eps)
-    x_BTD = x_BTD + mla(
+    attend = gqa if "w_k_DIA" in weights["attention"] else mla
+    x_BTD = x_BTD + attend(
         normed_BTD,
         weights["attention"],
         attention,

@@ -1,4 +1,4 @@
-"""Rotary frequencies with and without YaRN, rotation of interleaved pairs, softmax scale."""
+"""Rotary frequencies, plain or stretched, rotation of interleaved pairs, softmax scale."""
 
 import math
 
@@ -56,14 +56,44 @@ def yarn_frequencies(
     return frequencies_r
 
 
+def llama3_frequencies(
+    rope_dim, theta, *, factor, original_max_positions, low_freq_factor, high_freq_factor
+):
+    """Long waves divided by `factor`, short ones kept, those between on a line in 1 / wavelength.
+
+    Source: Llama 3.1's published code (`apply_scaling`), the branches in its order.
+    """
+    scaled_r = []
+    for frequency in rope_frequencies(rope_dim, theta):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original_max_positions / high_freq_factor:
+            scaled_r.append(frequency)
+        elif wavelength > original_max_positions / low_freq_factor:
+            scaled_r.append(frequency / factor)
+        else:
+            smooth = original_max_positions / wavelength - low_freq_factor
+            smooth /= high_freq_factor - low_freq_factor
+            scaled_r.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return np.array(scaled_r)
+
+
 def frequencies_and_magnitude(rope_dim, rope):
     """(frequencies_r, factor on cos and sin) for `rope` with fields `theta` and `yarn`.
 
+    It may have `llama3` or `linear_factor` instead of `yarn`.
     Source: DeepSeek's published modelling code: cos and sin times m(mscale) / m(mscale_all_dim).
     """
-    yarn = rope.yarn
+    yarn, llama3 = rope.yarn, getattr(rope, "llama3", None)
+    if llama3 is not None:
+        settings = {
+            "factor": llama3.factor,
+            "original_max_positions": llama3.original_max_positions,
+            "low_freq_factor": llama3.low_freq_factor,
+            "high_freq_factor": llama3.high_freq_factor,
+        }
+        return llama3_frequencies(rope_dim, rope.theta, **settings), 1.0
     if yarn is None:
-        return rope_frequencies(rope_dim, rope.theta), 1.0
+        return rope_frequencies(rope_dim, rope.theta) / getattr(rope, "linear_factor", 1.0), 1.0
     frequencies_r = yarn_frequencies(
         rope_dim,
         rope.theta,

@@ -45,10 +45,15 @@ def forward(params, tokens_BT, *, attention, moe, norm_eps, positions_BT=None, s
     hidden_BTD = rms_norm(x_BTD, params["final_norm_D"], norm_eps)
     depths = params.get("mtp") or []
     mtp = mtp_forward(hidden_BTD, tokens_BT, depths, params["embed_VD"], **settings, **where)
-    logits_BTV = hidden_BTD @ params["head_DV"]
+    logits_BTV = hidden_BTD @ head(params)
     return SimpleNamespace(
         hidden_BTD=hidden_BTD, logits_BTV=logits_BTV, layers=layers, aux=aux, mtp=mtp
     )
+
+
+def head(params):
+    """The head's matrix [D, V]; without one of its own, the embedding's transposed."""
+    return params["head_DV"] if "head_DV" in params else params["embed_VD"].T
 
 
 def losses(params, output, targets_BT, weights_BT, *, mtp_weight=0.0, balance_weights=(0, 0, 0)):
@@ -73,7 +78,7 @@ def losses(params, output, targets_BT, weights_BT, *, mtp_weight=0.0, balance_we
     mtp, mtp_depths = 0.0, []
     if output.mtp:
         mtp, mtp_depths = mtp_loss(
-            output.mtp, targets_BT, weights_BT, params["head_DV"], mtp_weight=mtp_weight
+            output.mtp, targets_BT, weights_BT, head(params), mtp_weight=mtp_weight
         )
     routed = [aux for aux in [*output.aux, *(m.aux for m in output.mtp)] if aux is not None]
     balance = [
