@@ -4,8 +4,10 @@ Knows nothing about how a model was trained beyond the folder it lies in.
 """
 
 import dataclasses
+import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
+from tqdm import tqdm
 
 from dsjax.checkpoint import read_params
-from dsjax.config import Config
+from dsjax.config import Config, ModelConfig, PrecisionConfig, TrainConfig
 from dsjax.errors import InputError
 from dsjax.infer.generate import Generation, generate, prepare
 from dsjax.infer.sampler import Sampling
+from dsjax.interop import hf, save
+from dsjax.interop.chat import ChatTemplate
+from dsjax.interop.hf_config import CONFIG_FILE as HUGGING_FACE_FILE
+from dsjax.interop.hf_config import exported_config
+from dsjax.interop.load import load
+from dsjax.interop.published import (
+    GENERATION_FILE,
+    Published,
+    as_json,
+    check_requantize,
+    checked_dtype,
+    checked_scale_format,
+    scale_format_of,
+)
 from dsjax.interop.tokenizer import Tokenizer
 from dsjax.model.transformer import build, merge, split
 from dsjax.overrides import override
+from dsjax.precision import Quantized
 from dsjax.presets import preset
 from dsjax.train.stages import stage_of
 from dsjax.workdir import CONFIG_FILE, read_run
 from sharding.init import init as init_sharded
 from sharding.rules import AxisRules
 
-HUGGING_FACE_FILE = "config.json"
+LARGE_BYTES = 2**26  # from here on a progress bar is shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What is remembered of the published checkpoint that a model was read from, to hand it back.
+
+    Attributes:
+        content: of its `config.json`.
+        dtype: "fp8", "bfloat16" or "float32".
+        types: the type of each tensor, as safetensors names it.
+        scales: of FP8 weights that were made float32.
+        files: small files that are handed on, by name.
+    """
+
+    content: Mapping[str, Any]
+    dtype: save.Dtype
+    types: Mapping[str, str]
+    scales: Mapping[str, np.ndarray]
+    files: Mapping[str, bytes]
 
 
 class LanguageModel:
@@ -41,6 +79,7 @@ class LanguageModel:
         params: nested dicts of weights.
         bias: {stack: [L, E]} balancing biases.
         tokenizer: None for a model that was never given one.
+        origin: the published checkpoint that it was read from, or None.
     """
 
     def __init__(
@@ -50,16 +89,20 @@ class LanguageModel:
         params: dict[str, Any],
         bias: dict[str, Any],
         tokenizer: Tokenizer | None,
+        origin: Origin | None = None,
     ):
         self.config = config
         self.graphdef = graphdef
         self.params = params
         self.bias = bias
         self.tokenizer = tokenizer
+        self.origin = origin
+        self._chat: ChatTemplate | None = None
         self._logits = jax.jit(lambda params, bias, tokens: _logits(graphdef, params, bias, tokens))
 
     def __repr__(self) -> str:
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        leaves = jax.tree.leaves(self.params, is_leaf=_is_quantized)
+        count = sum((leaf.q if _is_quantized(leaf) else leaf).size for leaf in leaves)
         return f"LanguageModel({count:,} parameters, vocabulary {self.config.model.vocab_size:,})"
 
     def logits(
@@ -110,13 +153,78 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer; use generate_tokens with token ids")
-        if not (ids := self.tokenizer.encode(prompt)):
+        if not self.tokenizer.encode(prompt):
             raise InputError("the prompt is empty")
-        result = self.generate_tokens(
-            [ids], max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+        return self._continue(
+            self.tokenizer.prompt_ids(prompt),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
         )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        max_tokens: int = 256,
+        temperature: float = 0.6,
+        top_p: float = 0.95,
+        seed: int = 0,
+    ) -> str:
+        """Answers a conversation through the model's own chat template.
+
+        Args:
+            messages: each with a `role` and its `content`, as of OpenAI's interface; special
+                tokens typed in them stay text.
+            tools: functions that the model may call, where its template knows of them.
+            max_tokens: as in `generate`, like the three that follow.
+            temperature: see `generate`; R1 recommends 0.6.
+            top_p: see `generate`; R1 recommends 0.95.
+            seed: see `generate`.
+
+        Returns:
+            The answer, reasoning included.
+
+        Raises:
+            InputError: without a tokenizer or a chat template, for messages that the template
+                refuses, and as `generate`.
+        """
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer, so no chat template")
+        if self._chat is None:
+            self._chat = ChatTemplate(self.tokenizer)
+        ids = self._chat.encode_chat(
+            [dict(message) for message in messages],
+            tools=None if tools is None else [dict(tool) for tool in tools],
+        )
+        return self._continue(
+            ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
+
+    def _continue(self, ids: list[int], **how: Any) -> str:
+        assert self.tokenizer is not None  # the callers have looked
+        result = self.generate_tokens([ids], **how)
         count = int(result.length_B[0]) - int(result.stopped_B[0])
         return self.tokenizer.decode(result.tokens_BG[0, :count].tolist())
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence: the tokenizer's, and a published `generation_config.json`'s.
+
+        Llama-3's chat models end their turn with another token than their text.
+        """
+        found = [] if self.tokenizer is None else [self.tokenizer.eos_id]
+        if self.origin is not None and GENERATION_FILE in self.origin.files:
+            try:
+                ends = json.loads(self.origin.files[GENERATION_FILE]).get("eos_token_id")
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise InputError(f"{GENERATION_FILE} is malformed: {error}") from error
+            ends = ends if isinstance(ends, list) else [ends]
+            vocab_size = self.config.model.vocab_size
+            found += [end for end in ends if type(end) is int and 0 <= end < vocab_size]
+        return tuple(dict.fromkeys(found))
 
     def generate_tokens(
         self,
@@ -136,7 +244,7 @@ class LanguageModel:
             temperature: see `generate`.
             top_p: see `generate`.
             seed: see `generate`.
-            stop_ids: tokens that end a sequence; None takes the tokenizer's end of sequence.
+            stop_ids: tokens that end a sequence; None takes the model's `stop_ids`.
 
         Raises:
             InputError: as `generate`, and for ids outside the vocabulary.
@@ -151,7 +259,7 @@ class LanguageModel:
         for prompt in prompts:
             self._check(np.asarray(prompt), longest)
         if stop_ids is None:
-            stop_ids = () if self.tokenizer is None else (self.tokenizer.eos_id,)
+            stop_ids = self.stop_ids
         vocab_size = self.config.model.vocab_size
         return generate(
             self.graphdef,
@@ -169,7 +277,73 @@ class LanguageModel:
         """The same arrays under another blueprint, whose activations follow `rules`."""
         model = jax.eval_shape(build(self.config, rules), jax.random.key(0))
         graphdef, _, _ = split(model)
-        return LanguageModel(self.config, graphdef, self.params, self.bias, self.tokenizer)
+        return LanguageModel(
+            self.config, graphdef, self.params, self.bias, self.tokenizer, self.origin
+        )
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike,
+        dtype: str = "bfloat16",
+        *,
+        scale_format: str | None = None,
+        requantize: bool = False,
+        shard_bytes: int = save.SHARD_BYTES,
+        identity: str | None = None,
+    ) -> None:
+        """Writes a folder that transformers' `from_pretrained`, and `load_pretrained`, read.
+
+        The folder appears whole or not at all. Weights that were read from a published checkpoint
+        and not changed are written as they were, bit for bit, in the dtype that they came in.
+
+        Args:
+            path: the folder, which must not exist or be empty.
+            dtype: "bfloat16", "float32", or "fp8" as DeepSeek-V3 is published.
+            scale_format: of FP8's scales: "float32", "power_of_two" or "e8m0" (V3.1's); None takes
+                those of the checkpoint that the model was read from, or "float32".
+            requantize: makes FP8 of weights that BF16 has rounded, too.
+            shard_bytes: the most that a file of tensors holds.
+            identity: of what is written; a call that was ended is taken up by one of the same.
+
+        Raises:
+            InputError: if the path is in the way, no published architecture computes the model, or
+                FP8 would be made of rounded weights.
+            RunError: if the disk refuses.
+        """
+        written, asked = checked_dtype(dtype), checked_scale_format(scale_format)
+        kept: save.Dtype = _kept_in(self.params)
+        if kept == "float32" and self.origin is not None and self.origin.dtype == "bfloat16":
+            kept = "bfloat16"  # its numbers are still those that BF16 has left
+        check_requantize(kept, written, requantize)
+        model, origin = self.config.model, self.origin
+        content = {} if origin is None else origin.content
+        types = {} if origin is None else origin.types
+        chosen = asked or scale_format_of(content, types)
+        as_stored = origin is not None and written == origin.dtype and asked is None
+        plan = save.specs(model, written, scale_format=chosen, stored=types if as_stored else None)
+        scales = {} if origin is None else origin.scales
+        export = save.Export(
+            model,
+            save.ParamsSource(model, self.params, self.bias, scales),
+            plan,
+            scale_format=chosen,
+            requantize=requantize,
+        )
+        config = exported_config(model, written, chosen != "float32", content or None)
+        files = {} if origin is None else dict(origin.files)
+        if self.tokenizer is not None:
+            config = _token_ids(self.tokenizer) | config
+            files |= _tokenizer_files(self.tokenizer)
+        with _bar("writing", sum(spec.num_bytes for spec in plan.values())) as bar:
+            save.write_folder(
+                Path(path),
+                plan,
+                export.pieces,
+                {**files, HUGGING_FACE_FILE: as_json(config)},
+                identity=identity,
+                shard_bytes=shard_bytes,
+                on_bytes=bar.update,
+            )
 
     def _check(self, ids: np.ndarray, positions: int) -> None:
         vocab_size, most = self.config.model.vocab_size, self.config.model.max_positions
@@ -220,24 +394,53 @@ def load_pretrained(
     dtype: str | None = None,
     ema: bool = False,
     overrides: Sequence[str] = (),
+    mesh: Mesh | None = None,
+    rules: AxisRules | None = None,
+    ignore: Sequence[str] = (),
 ) -> LanguageModel:
-    """Loads the model of a training run, with the rope of the stage that its weights come from.
+    """Loads the model of a training run, or a published one from a Hugging Face folder.
+
+    Of a run it takes the rope of the stage that its weights come from. A published folder is one
+    of deepseek_v2, deepseek_v3, qwen2 or llama, in safetensors; its weights are read from mapped
+    files straight into sharded arrays, each process what its devices hold.
 
     Args:
-        path: the run's folder.
-        step: which checkpoint; None takes the newest.
-        dtype: "float32" or "bfloat16", to keep and to use the weights in; None takes the run's.
-        ema: the moving average of the weights in their stead.
-        overrides: `path=value` overrides of the run's configuration.
+        path: the folder.
+        step: which checkpoint of a run; None takes the newest.
+        dtype: to keep and to use the weights in. Of a run: "float32" or "bfloat16"; None takes the
+            run's. Of a published folder: "float32", "bfloat16", or "fp8", which keeps FP8 weights
+            as they are; None takes that of the files.
+        ema: the moving average of a run's weights in their stead.
+        overrides: `path=value` overrides of the configuration.
+        mesh: devices for a published model; None takes the first device.
+        rules: where each logical axis goes on the mesh.
+        ignore: unknown fields of `config.json` that change nothing.
 
     Raises:
-        InputError: if the folder is no run, has no such checkpoint, or keeps no average.
+        InputError: if the folder is neither, has no such checkpoint, keeps no average, or its files
+            are not those of the model that it describes.
     """
     folder = Path(path)
-    if not (folder / CONFIG_FILE).is_file():
-        if (folder / HUGGING_FACE_FILE).is_file():
-            raise InputError(f"{folder} is a Hugging Face folder; this version reads none yet")
-        raise InputError(f"{folder} holds neither {CONFIG_FILE} (a run) nor {HUGGING_FACE_FILE}")
+    rules = rules or AxisRules()
+    if (folder / CONFIG_FILE).is_file():
+        if mesh is not None or ignore:
+            raise InputError(f"{folder} is a run; `mesh` and `ignore` are for published folders")
+        return _load_run(folder, step, dtype, ema, overrides, rules)
+    if (folder / HUGGING_FACE_FILE).is_file():
+        if step is not None or ema:
+            raise InputError(f"{folder} is a published folder; it has no steps and no average")
+        return _load_published(folder, dtype, overrides, mesh, rules, ignore)
+    raise InputError(f"{folder} holds neither {CONFIG_FILE} (a run) nor {HUGGING_FACE_FILE}")
+
+
+def _load_run(
+    folder: Path,
+    step: int | None,
+    dtype: str | None,
+    ema: bool,
+    overrides: Sequence[str],
+    rules: AxisRules,
+) -> LanguageModel:
     config = override(read_run(folder).config, *overrides)
     if ema and config.train.ema_decay is None:
         raise InputError(f"{folder} keeps no average of the weights (train.ema_decay is null)")
@@ -254,5 +457,98 @@ def load_pretrained(
     if dtype is not None:
         config = override(config, f"precision.compute_dtype={dtype}")
         params, bias = prepare(params, bias, jnp.dtype(dtype))
-    graphdef, _, _ = split(jax.eval_shape(build(config), jax.random.key(0)))
+    graphdef, _, _ = split(jax.eval_shape(build(config, rules), jax.random.key(0)))
     return LanguageModel(config, graphdef, params, bias, Tokenizer.load(folder / "tokenizer"))
+
+
+def _load_published(
+    folder: Path,
+    dtype: str | None,
+    overrides: Sequence[str],
+    mesh: Mesh | None,
+    rules: AxisRules,
+    ignore: Sequence[str],
+) -> LanguageModel:
+    with Published(folder, ignore) as published:
+        dtype = checked_dtype(dtype or published.dtype)
+        if dtype == "fp8" and published.dtype != "fp8":
+            raise InputError(f"{folder} holds no FP8 weights; its dtype is {published.dtype}")
+        config = override(_config_of(published.model, dtype), *overrides)
+        _check_part_of(published, config.model)
+        files = published.small_files()
+        tokenizer = Tokenizer.load(folder) if "tokenizer.json" in files else None
+        total = sum(info.stop - info.start for info in published.folder.infos.values())
+        with _bar("reading", total) as bar:
+            loaded = load(
+                published.folder,
+                config,
+                resident=dtype == "fp8",
+                rules=rules,
+                mesh=mesh,
+                on_bytes=bar.update,
+            )
+        origin = Origin(
+            published.content,
+            published.dtype,
+            published.types,
+            loaded.scales,
+            {name: content for name, content in files.items() if name == GENERATION_FILE},
+        )
+    graphdef, _, _ = split(jax.eval_shape(build(config, rules), jax.random.key(0)))
+    return LanguageModel(config, graphdef, loaded.params, loaded.bias, tokenizer, origin)
+
+
+def _config_of(model: ModelConfig, dtype: str) -> Config:
+    """A configuration around a published model, which says nothing about training."""
+    kept = "float32" if dtype == "float32" else "bfloat16"
+    return Config(
+        model=model,
+        train=TrainConfig(
+            seq_len=min(4096, model.max_positions), batch_size=1, total_tokens=1_000_000
+        ),
+        precision=PrecisionConfig(param_dtype=kept, compute_dtype=kept),
+    )
+
+
+def _check_part_of(published: Published, model: ModelConfig) -> None:
+    """Refuses a model, after overrides, that needs other tensors than the folder's."""
+    infos = published.folder.infos
+    for entry in hf.entries(model):
+        if entry.name not in infos or infos[entry.name].shape != entry.shape:
+            there = list(infos[entry.name].shape) if entry.name in infos else "missing"
+            raise InputError(
+                f"{published.path}: tensor {entry.name} is {there}, but the overrides ask for "
+                f"{list(entry.shape)}"
+            )
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def _kept_in(params: dict[str, Any]) -> save.Dtype:
+    """What precision a model's weights have left."""
+    leaves = jax.tree.leaves(params, is_leaf=_is_quantized)
+    if any(map(_is_quantized, leaves)):
+        return "fp8"
+    return "bfloat16" if any(leaf.dtype == jnp.bfloat16 for leaf in leaves) else "float32"
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def _bar(what: str, total: int) -> tqdm:
+    """A progress bar over bytes, shown where the wait is long."""
+    hidden = total < LARGE_BYTES
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=hidden)

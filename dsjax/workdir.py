@@ -27,6 +27,7 @@ CONFIG_FILE = "dsjax.json"
 LOCK_FILE = ".lock"
 _PREPARING = ".preparing"
 _TOKENIZER = "tokenizer"
+COMPILED = "compiled"  # programs that jax keeps; reading first weights may make it early
 _TEMPORARY = f".{CONFIG_FILE}.tmp"
 # What TensorStore or Orbax reads otherwise, and how. A URL has lost one slash once it is a path.
 _NOT_IN_A_PATH = {
@@ -145,7 +146,7 @@ def check_workdir(workdir: str | os.PathLike, run: Run) -> bool:
         _check_writable(folder, folder / "checkpoints")
         return True
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    ours = {LOCK_FILE}
+    ours = {LOCK_FILE, COMPILED}
     if _PREPARING in present:  # a process was ended while it prepared the folder
         ours |= {_PREPARING, _TOKENIZER, _TEMPORARY}
     if present - ours:

@@ -1,12 +1,14 @@
 """Pretrains a preset on text, or goes on where a killed run stopped.
 
 python -m experiments.pretrain --preset=tiny --workdir=runs/tiny
+python -m experiments.pretrain --preset=tiny --init=SmolLM2 --workdir=runs/tuned
 python -m experiments.pretrain --preset=deepseek_v3 --dry_run --picture=schedule.png
 
 Ctrl-C or SIGTERM ends the step, saves and exits with 0; the same command goes on. Exit code 1 says
 that the run could not go on (disk full, loss not finite); what was saved is still there.
 """
 
+import dataclasses
 import os
 import sys
 
@@ -15,11 +17,15 @@ from absl import flags
 from dsjax import load_pretrained
 from dsjax.config import Config
 from dsjax.errors import InputError
+from dsjax.interop.published import Published, is_published
+from dsjax.overrides import override
 from dsjax.plan.count import parameter_counts
+from dsjax.presets import preset
 from dsjax.train.clock import process_age_s
 from dsjax.train.loop import pretrain
 from dsjax.train.pictures import check_picture, plot_schedule
 from dsjax.train.recipe import describe, schedule_rows
+from dsjax.workdir import COMPILED
 from experiments import command
 
 FLAGS = command.define_flags(default_preset="tiny", default_workdir=None)
@@ -27,7 +33,11 @@ flags.DEFINE_integer(
     "steps", None, "Length of the main stage, in steps of the full batch.", flag_values=FLAGS
 )
 flags.DEFINE_string(
-    "init", None, "Folder of a run whose weights and tokenizer to begin with.", flag_values=FLAGS
+    "init",
+    None,
+    "Folder of a run, whose weights and tokenizer to begin with, or of a published model, which "
+    "then takes the place of the preset's.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_bool("dry_run", False, "Prints the schedule and trains nothing.", flag_values=FLAGS)
 flags.DEFINE_string("picture", None, "Where --dry_run draws the schedule.", flag_values=FLAGS)
@@ -40,7 +50,7 @@ flags.DEFINE_multi_string(
 
 
 def _body(values: flags.FlagValues) -> None:
-    config = command.configured(values)
+    config = _configured(values)
     if values.steps is not None:
         config = command.with_steps(config, values.steps)
     if values.dry_run:
@@ -53,7 +63,7 @@ def _body(values: flags.FlagValues) -> None:
     for prompt in values.sample:
         if not prompt or prompt.encode(errors="ignore").decode() != prompt:
             raise InputError(f"--sample={prompt!r} is no text to continue")
-    command.keep_compiled(os.path.join(values.workdir, "compiled"))
+    command.keep_compiled(os.path.join(values.workdir, COMPILED))
     result = pretrain(
         config, values.workdir, seed=values.seed, init=values.init, age_s=process_age_s()
     )
@@ -74,6 +84,15 @@ def _body(values: flags.FlagValues) -> None:
             continue
         text = lm.generate(prompt, max_tokens=min(64, room), temperature=0.7, seed=values.seed)
         print(f"\n--- {prompt!r}\n{prompt}{text}")
+
+
+def _configured(values: flags.FlagValues) -> Config:
+    """The preset with its overrides, around the model of a published folder where one is given."""
+    if values.init is None or not is_published(values.init):
+        return command.configured(values)
+    with Published(values.init) as published:
+        config = dataclasses.replace(preset(values.preset), model=published.model)
+    return override(config, *values.set)
 
 
 def _dry_run(config: Config, name: str, picture: str | None) -> None:

@@ -17,11 +17,15 @@ import numpy as np
 from tqdm import tqdm
 
 from dsjax.checkpoint import Checkpoints, Restored, read_params
-from dsjax.config import Config
+from dsjax.config import Config, ModelConfig
 from dsjax.data.corpus import Corpus, find_tokenizer, open_corpus
-from dsjax.errors import RunError
+from dsjax.errors import InputError, RunError
+from dsjax.interop.hf_config import computes_alike
+from dsjax.interop.load import load
+from dsjax.interop.published import Published, is_published
 from dsjax.interop.tokenizer import Tokenizer
 from dsjax.model.transformer import merge
+from dsjax.overrides import first_difference, to_json
 from dsjax.train.clock import Clock, Profiler
 from dsjax.train.flops import memory_bytes, peak_flops_per_s, train_flops_per_token
 from dsjax.train.loss import PretrainLoss, next_token_loss
@@ -89,7 +93,8 @@ def pretrain(
         config: what to train, and on what.
         workdir: written only once configuration, folder and text are known to be good.
         seed: decides the parameters and the order of the text.
-        init: folder of a run whose newest weights and tokenizer this one begins with.
+        init: folder of a run, whose newest weights and tokenizer this one begins with, or of a
+            published model.
         age_s: what the process spent before this call, which goodput counts.
         stop_at_step: stops, with a checkpoint, at this step of the schedule; for tests.
 
@@ -110,7 +115,7 @@ def pretrain(
         tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer"))
     else:  # before anything is written: is what the run begins with good?
         if run.init is not None:
-            weights, step = _read_init(run.init, None, plan[0].config)
+            weights, step = _read_init(run.init, None, plan[0].config, config.model)
             run = dataclasses.replace(run, init=f"{run.init}@{step}")
         tokenizer = _first_tokenizer(config, init)
         corpus = _open(plan, 0, tokenizer, seed)
@@ -364,7 +369,7 @@ def _recorded_init(workdir: str | os.PathLike, init: str | os.PathLike | None) -
 
 def _first_tokenizer(config: Config, init: str | os.PathLike | None) -> Tokenizer:
     if init is not None:
-        return Tokenizer.load(os.path.join(init, "tokenizer"))
+        return Tokenizer.load(init if is_published(init) else os.path.join(init, "tokenizer"))
     return find_tokenizer(config.data, config.model.vocab_size)
 
 
@@ -381,8 +386,25 @@ def _open(plan: tuple[Stage, ...], number: int, tokenizer: Tokenizer, seed: int)
     )
 
 
-def _read_init(folder: str, step: int | None, config: Config) -> tuple[dict[str, Any], int]:
-    """The weights that a run begins with, and their step."""
+def _read_init(
+    folder: str, step: int | None, config: Config, model: ModelConfig
+) -> tuple[dict[str, Any], int]:
+    """The weights that a run begins with, and their step; a published model's is 0.
+
+    Args:
+        folder: of a run, or a published one.
+        step: which; None takes the newest.
+        config: of the first stage.
+        model: of the whole run, which a published folder must describe.
+    """
+    if is_published(folder):
+        with Published(folder) as published:
+            there, here = published.model, model
+            if not computes_alike(there, here):
+                difference = first_difference(to_json(there), to_json(here), "model")
+                raise InputError(f"{folder} is of another model; {difference}")
+            loaded = load(published.folder, config, resident=False, rules=AxisRules())
+        return {"params": loaded.params, "bias": loaded.bias}, 0
     like = abstract_state(config, AxisRules())
     return read_params(folder, {"params": like.params, "bias": like.bias}, step)
 
@@ -392,7 +414,7 @@ def _first_state(run: Run, config: Config, weights: dict[str, Any] | None) -> Tr
         return create(config, jax.random.key(run.seed), AxisRules())
     if weights is None:  # the run was ended before its first checkpoint
         folder, _, step = run.init.rpartition("@")
-        weights, _ = _read_init(folder, int(step), config)
+        weights, _ = _read_init(folder, int(step), config, run.config.model)
     _, optimizer = blueprint(config, AxisRules())
     opt = jax.jit(optimizer.init)(weights["params"])
     return fresh_state(config, weights["params"], weights["bias"], opt)
