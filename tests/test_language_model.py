@@ -242,7 +242,7 @@ def test_what_is_no_run_is_refused(nano_run, tmp_path):
         f"{tmp_path} holds neither dsjax.json (a run) nor config.json"
     )
     (tmp_path / "config.json").write_text("{}")
-    assert "is a Hugging Face folder" in refused(dsjax.load_pretrained, tmp_path)
+    assert "config.json: model_type is None" in refused(dsjax.load_pretrained, tmp_path)
     shutil.copy(pathlib.Path(nano_run.workdir) / "dsjax.json", tmp_path)
     assert refused(dsjax.load_pretrained, tmp_path) == f"{tmp_path} holds no checkpoint"
 

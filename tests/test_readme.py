@@ -13,7 +13,7 @@ from experiments import command, pretrain
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
-    *("docs/notation.md", "docs/log.md", "docs/training.md"),
+    *("docs/notation.md", "docs/log.md", "docs/training.md", "docs/weights.md"),
 )
 TOP = ("dsjax", "sharding", "pallas_kernels", "experiments", "tests")
 
