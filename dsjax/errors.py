@@ -7,9 +7,23 @@ Knows nothing of any room. Command lines print the first and exit with code 2, t
 import difflib
 from collections.abc import Iterable
 
+_MOST_CHARACTERS = 2000
+
+
+def _one_line(message: str) -> str:
+    """What a file or a person wrote, fit for a terminal: nothing steers it, nothing is endless."""
+    if len(message) > _MOST_CHARACTERS:
+        message = f"{message[:_MOST_CHARACTERS]}..."
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
 
 class InputError(ValueError):
     """A value, file or folder given by the caller cannot be used; `str(error)` is one line."""
+
+    def __str__(self) -> str:
+        return _one_line(super().__str__())
 
 
 class RunError(RuntimeError):
@@ -17,6 +31,9 @@ class RunError(RuntimeError):
 
     What was saved is still there.
     """
+
+    def __str__(self) -> str:
+        return _one_line(super().__str__())
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

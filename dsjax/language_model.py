@@ -36,6 +36,7 @@ from dsjax.interop.published import (
     check_requantize,
     checked_dtype,
     checked_scale_format,
+    keeps_types,
     scale_format_of,
 )
 from dsjax.interop.tokenizer import Tokenizer
@@ -165,7 +166,7 @@ class LanguageModel:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: str | Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         max_tokens: int = 256,
@@ -176,8 +177,8 @@ class LanguageModel:
         """Answers a conversation through the model's own chat template.
 
         Args:
-            messages: each with a `role` and its `content`, as of OpenAI's interface; special
-                tokens typed in them stay text.
+            messages: each with a `role` and its `content`, as of OpenAI's interface, or a text as
+                the one message of a user; special tokens typed in them stay text.
             tools: functions that the model may call, where its template knows of them.
             max_tokens: as in `generate`, like the three that follow.
             temperature: see `generate`; R1 recommends 0.6.
@@ -193,6 +194,10 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer, so no chat template")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
+            raise InputError("messages must be a list of {'role': ..., 'content': ...}, or a text")
         if self._chat is None:
             self._chat = ChatTemplate(self.tokenizer)
         ids = self._chat.encode_chat(
@@ -284,7 +289,7 @@ class LanguageModel:
     def save_pretrained(
         self,
         path: str | os.PathLike,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         *,
         scale_format: str | None = None,
         requantize: bool = False,
@@ -294,11 +299,12 @@ class LanguageModel:
         """Writes a folder that transformers' `from_pretrained`, and `load_pretrained`, read.
 
         The folder appears whole or not at all. Weights that were read from a published checkpoint
-        and not changed are written as they were, bit for bit, in the dtype that they came in.
+        and not changed are written as they were, bit for bit, in the types that they came in.
 
         Args:
             path: the folder, which must not exist or be empty.
-            dtype: "bfloat16", "float32", or "fp8" as DeepSeek-V3 is published.
+            dtype: "bfloat16", "float32", or "fp8" as DeepSeek-V3 is published. None keeps each
+                tensor's type; it is "bfloat16" for a model that was read from no checkpoint.
             scale_format: of FP8's scales: "float32", "power_of_two" or "e8m0" (V3.1's); None takes
                 those of the checkpoint that the model was read from, or "float32".
             requantize: makes FP8 of weights that BF16 has rounded, too.
@@ -310,7 +316,10 @@ class LanguageModel:
                 FP8 would be made of rounded weights.
             RunError: if the disk refuses.
         """
-        written, asked = checked_dtype(dtype), checked_scale_format(scale_format)
+        save.check_target(path)
+        wanted = None if dtype is None else checked_dtype(dtype)
+        written = wanted or ("bfloat16" if self.origin is None else self.origin.dtype)
+        asked = checked_scale_format(scale_format)
         kept: save.Dtype = _kept_in(self.params)
         if kept == "float32" and self.origin is not None and self.origin.dtype == "bfloat16":
             kept = "bfloat16"  # its numbers are still those that BF16 has left
@@ -319,24 +328,33 @@ class LanguageModel:
         content = {} if origin is None else origin.content
         types = {} if origin is None else origin.types
         chosen = asked or scale_format_of(content, types)
-        as_stored = origin is not None and written == origin.dtype and asked is None
-        plan = save.specs(model, written, scale_format=chosen, stored=types if as_stored else None)
+        same = origin is not None and keeps_types(origin.dtype, wanted)
+        plan = save.specs(
+            model,
+            written,
+            scale_format=chosen,
+            stored=types if same else None,
+            keep_scales=asked is None,
+        )
         scales = {} if origin is None else origin.scales
         export = save.Export(
             model,
             save.ParamsSource(model, self.params, self.bias, scales),
             plan,
             scale_format=chosen,
+            asked=asked,
             requantize=requantize,
         )
-        config = exported_config(model, written, chosen != "float32", content or None)
+        config = exported_config(
+            model, written, chosen, content or None, as_stored=same and asked is None
+        )
         files = {} if origin is None else dict(origin.files)
         if self.tokenizer is not None:
             config = _token_ids(self.tokenizer) | config
             files |= _tokenizer_files(self.tokenizer)
         with _bar("writing", sum(spec.num_bytes for spec in plan.values())) as bar:
             save.write_folder(
-                Path(path),
+                path,
                 plan,
                 export.pieces,
                 {**files, HUGGING_FACE_FILE: as_json(config)},
@@ -430,6 +448,8 @@ def load_pretrained(
         if step is not None or ema:
             raise InputError(f"{folder} is a published folder; it has no steps and no average")
         return _load_published(folder, dtype, overrides, mesh, rules, ignore)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; nothing is downloaded here")
     raise InputError(f"{folder} holds neither {CONFIG_FILE} (a run) nor {HUGGING_FACE_FILE}")
 
 
@@ -470,10 +490,11 @@ def _load_published(
     ignore: Sequence[str],
 ) -> LanguageModel:
     with Published(folder, ignore) as published:
+        as_stored = dtype in (None, "fp8")
         dtype = checked_dtype(dtype or published.dtype)
         if dtype == "fp8" and published.dtype != "fp8":
             raise InputError(f"{folder} holds no FP8 weights; its dtype is {published.dtype}")
-        config = override(_config_of(published.model, dtype), *overrides)
+        config = override(_config_of(published, dtype), *overrides)
         _check_part_of(published, config.model)
         files = published.small_files()
         tokenizer = Tokenizer.load(folder) if "tokenizer.json" in files else None
@@ -483,6 +504,7 @@ def _load_published(
                 published.folder,
                 config,
                 resident=dtype == "fp8",
+                as_stored=as_stored,
                 rules=rules,
                 mesh=mesh,
                 on_bytes=bar.update,
@@ -498,9 +520,12 @@ def _load_published(
     return LanguageModel(config, graphdef, loaded.params, loaded.bias, tokenizer, origin)
 
 
-def _config_of(model: ModelConfig, dtype: str) -> Config:
+def _config_of(published: Published, dtype: str) -> Config:
     """A configuration around a published model, which says nothing about training."""
-    kept = "float32" if dtype == "float32" else "bfloat16"
+    model = published.model
+    # Weights of float16 would lose in BF16 what they have.
+    wide = dtype == "float32" or not {"BF16", "F8_E4M3"} & set(published.types.values())
+    kept = "float32" if wide else "bfloat16"
     return Config(
         model=model,
         train=TrainConfig(
@@ -550,5 +575,5 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 def _bar(what: str, total: int) -> tqdm:
     """A progress bar over bytes, shown where the wait is long."""
-    hidden = total < LARGE_BYTES
+    hidden = True if total < LARGE_BYTES else None  # None: where stderr is no terminal
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=hidden)

@@ -172,7 +172,7 @@ def _make(config: Config, target: Path, dtype: save.Dtype) -> int:
             target,
             plan,
             pieces,
-            {CONFIG_FILE: as_json(exported_config(model, dtype, power_of_two=False))},
+            {CONFIG_FILE: as_json(exported_config(model, dtype, "float32"))},
             on_bytes=bar.update,
         )
     return max(spec.num_bytes for spec in plan.values())

@@ -52,7 +52,10 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("target", None, "Folder to make.", flag_values=FLAGS)
 flags.DEFINE_string(
-    "dtype", None, "bfloat16, float32 or fp8; a folder's own if left out.", flag_values=FLAGS
+    "dtype",
+    None,
+    "bfloat16, float32 or fp8; if left out, each tensor's own, and bfloat16 of a run.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_string(
     "scale_format", None, "Of FP8: float32, power_of_two or e8m0.", flag_values=FLAGS
@@ -76,6 +79,10 @@ def _body(values: flags.FlagValues) -> None:
     if values.dtype is not None:
         checked_dtype(values.dtype)
     checked_scale_format(values.scale_format)
+    if values.workdir is not None:
+        raise InputError("--workdir is not used here; --source and --target name the folders")
+    if (values.scale_format or values.requantize) and values.dtype not in (None, "fp8"):
+        raise InputError("--scale_format and --requantize go with --dtype=fp8")
     if values.shard_bytes < 1:
         raise InputError(f"--shard_bytes is {values.shard_bytes}; it must be at least 1")
     if values.dry_run:
@@ -110,11 +117,11 @@ def _body(values: flags.FlagValues) -> None:
 
 def _convert(values: flags.FlagValues, source: Convertible) -> None:
     """Of a checkpoint whose tensors have their published names already."""
-    if values.set or values.preset is not None or values.step is not None:
-        raise InputError("--set, --preset and --step are for runs and for --dry_run")
-    dtype = checked_dtype(values.dtype or source.dtype)
+    if values.set or values.preset is not None or values.step is not None or values.ema:
+        raise InputError("--set, --preset, --step and --ema are for runs and for --dry_run")
+    dtype = None if values.dtype is None else checked_dtype(values.dtype)
     scale_format = checked_scale_format(values.scale_format)
-    check_requantize(source.dtype, dtype, values.requantize)
+    check_requantize(source.dtype, dtype or source.dtype, values.requantize)
     total = num_bytes(source, dtype, scale_format)
     with tqdm(desc="convert", total=total, unit="B", unit_scale=True) as bar:
         convert(
@@ -147,7 +154,7 @@ def _convert_run(values: flags.FlagValues) -> None:
     }
     lm.save_pretrained(
         values.target,
-        values.dtype or "bfloat16",
+        values.dtype,
         scale_format=values.scale_format,
         requantize=values.requantize,
         shard_bytes=values.shard_bytes,
@@ -163,10 +170,13 @@ def _dry_run(values: flags.FlagValues) -> None:
     model = command.configured(values).model
     published_config(model)  # refuses what no architecture computes
     dtype = checked_dtype(values.dtype or "bfloat16")
-    plan = planned(model, dtype, checked_scale_format(values.scale_format) or "float32")
+    scale_format = checked_scale_format(values.scale_format) or "float32"
+    plan = planned(model, dtype, scale_format)
     counts = Counter(tensor["dtype"] for tensor in plan.values())
     kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(counts.items()))
-    print(f"{values.preset}: {len(plan):,} tensors ({kinds})")
+    sizes = save.specs(model, dtype, scale_format=scale_format).values()
+    total = sum(spec.num_bytes for spec in sizes)
+    print(f"{values.preset}: {len(plan):,} tensors ({kinds}), {total:,} bytes")
     if values.index_out is not None:
         try:
             write_durably(Path(values.index_out), json.dumps(plan, indent=1).encode())

@@ -25,7 +25,7 @@ from dsjax.train.clock import process_age_s
 from dsjax.train.loop import pretrain
 from dsjax.train.pictures import check_picture, plot_schedule
 from dsjax.train.recipe import describe, schedule_rows
-from dsjax.workdir import COMPILED
+from dsjax.workdir import COMPILED, CONFIG_FILE, read_run
 from experiments import command
 
 FLAGS = command.define_flags(default_preset="tiny", default_workdir=None)
@@ -88,11 +88,27 @@ def _body(values: flags.FlagValues) -> None:
 
 def _configured(values: flags.FlagValues) -> Config:
     """The preset with its overrides, around the model of a published folder where one is given."""
-    if values.init is None or not is_published(values.init):
+    if values.init is None:
         return command.configured(values)
-    with Published(values.init) as published:
-        config = dataclasses.replace(preset(values.preset), model=published.model)
-    return override(config, *values.set)
+    known = values.workdir and os.path.isfile(os.path.join(values.workdir, CONFIG_FILE))
+    began = read_run(values.workdir) if known else None
+    if began is not None and began.init is not None:
+        folder, _, mark = began.init.rpartition("@")
+        if folder == os.path.realpath(values.init):  # which may be gone by now
+            if mark.isdecimal():  # another run
+                return command.configured(values)
+            config = dataclasses.replace(preset(values.preset), model=began.config.model)
+            return override(config, *values.set)
+    if is_published(values.init):
+        with Published(values.init) as published:
+            config = dataclasses.replace(preset(values.preset), model=published.model)
+        return override(config, *values.set)
+    if not os.path.isfile(os.path.join(values.init, CONFIG_FILE)):
+        raise InputError(
+            f"--init={values.init} holds neither {CONFIG_FILE} (a run) nor config.json (a "
+            "published model)"
+        )
+    return command.configured(values)
 
 
 def _dry_run(config: Config, name: str, picture: str | None) -> None:

@@ -22,6 +22,7 @@ from dsjax.errors import InputError, RunError
 from dsjax.interop import fp8, hf, hf_config, save
 from dsjax.interop.published import Published, convert, planned
 from dsjax.overrides import override
+from dsjax.plan.count import parameter_counts
 from dsjax.precision import Quantized
 from dsjax.presets import preset
 from experiments import convert as convert_script
@@ -136,6 +137,7 @@ def dense(**changes):
         "num_attention_heads": 4,
         "intermediate_size": 48,
         "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
     }
     return content | changes
 
@@ -180,6 +182,19 @@ def dense(**changes):
 )
 def test_what_changes_the_mathematics_is_refused_by_name(content, says):
     assert says in refused(hf_config.model_config, content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("routed_scaling_factor", "n_group", "topk_group", "n_shared_experts", "norm_topk_prob"),
+        *("first_k_dense_replace", "rms_norm_eps", "kv_lora_rank", "num_experts_per_tok"),
+    ],
+)
+def test_what_is_not_said_is_not_guessed(name):
+    content = v3()
+    del content[name]
+    assert f"has no '{name}'" in refused(hf_config.model_config, content)
 
 
 def test_unknown_fields_can_be_let_pass():
@@ -261,14 +276,14 @@ def test_v3s_export_lists_the_published_tensors(tmp_path, capsys):
     assert layer + "eh_proj.weight_scale_inv" not in index
 
 
-def test_the_plan_counts_what_the_model_has():
-    for name in ("nano", "nano_dense", "deepseek_v2_lite"):
-        model = preset(name).model
-        shapes = {path: hf.leaf_shape(group) for path, group in hf.by_leaf(model).items()}
-        numbers = sum(int(np.prod(shape)) for shape in shapes.values())
-        copies = sum(int(np.prod(e.shape)) for e in hf.entries(model) if e.copy)
-        listed = planned(model, "float32").values()
-        assert sum(int(np.prod(t["shape"])) for t in listed) == numbers + copies
+@pytest.mark.parametrize("name", ["nano", "nano_dense", "deepseek_v2_lite", "deepseek_v3"])
+def test_the_plan_holds_every_parameter(name):
+    config = preset(name)
+    counts = parameter_counts(config)
+    plan = planned(config.model, "float32")
+    copies = [e.name for e in hf.entries(config.model) if e.copy or e.path[0] == "router_bias"]
+    numbers = sum(int(np.prod(t["shape"])) for n, t in plan.items() if n not in copies)
+    assert numbers == counts.total + counts.mtp
 
 
 # -------------------------------------------------------------------------------------------- FP8
@@ -449,6 +464,129 @@ def test_scales_become_powers_of_two_only_by_rounding_again(folders, tmp_path):
             assert after[name] == (dtype, content)
 
 
+@pytest.mark.parametrize("scale_format", ["power_of_two", "e8m0"])
+def test_masters_take_scales_of_the_format_asked_for(folders, scale_format, tmp_path):
+    lm = dsjax.load_pretrained(folders["fp8"], dtype="float32")  # of scales that are none
+    lm.save_pretrained(tmp_path / "out", dtype="fp8", scale_format=scale_format)
+    back = dsjax.load_pretrained(tmp_path / "out", dtype="float32")
+    for a, b in zip(jax.tree.leaves(lm.params), jax.tree.leaves(back.params), strict=True):
+        assert np.abs(a - b).max() <= np.abs(a).max() * 2**-4
+    for name, (dtype, content) in tensors_of(tmp_path / "out").items():
+        if name.endswith(hf.SCALE_SUFFIX):
+            kind = {"F32": np.float32, "F8_E8M0": ml_dtypes.float8_e8m0fnu}[dtype]
+            scale = np.frombuffer(content, kind).astype(np.float32)
+            assert fp8.is_power_of_two(scale[None]), name
+
+
+def test_scales_are_rounded_before_weights_are_encoded(folders, tmp_path):
+    """Scales kept in BF16: a changed weight is encoded under the scale that is written."""
+    source = tmp_path / "source"
+    shutil.copytree(folders["fp8"], source)
+    tensors = load_file_bits(source)
+    for name, (_, x) in list(tensors.items()):
+        if name.endswith(hf.SCALE_SUFFIX):
+            tensors[name] = "BF16", x.astype(ml_dtypes.bfloat16)
+    write_bits(source, tensors)
+    lm = dsjax.load_pretrained(source, dtype="float32")
+    lm.save_pretrained(tmp_path / "same", dtype="fp8")
+    assert tensors_of(tmp_path / "same") == tensors_of(source)
+    block = lm.params["stacks"]["dense"][0]["ffn"]
+    block["w_down_FD"] = block["w_down_FD"] * 1.2345
+    lm.save_pretrained(tmp_path / "tuned", dtype="fp8")
+    back = dsjax.load_pretrained(tmp_path / "tuned", dtype="float32")
+    got = np.asarray(back.params["stacks"]["dense"][0]["ffn"]["w_down_FD"])
+    wanted = np.asarray(block["w_down_FD"])
+    assert np.abs(got - wanted).max() <= np.abs(wanted).max() * 2**-5
+    # A block's largest number is its 448: it comes back but for the scale's own rounding up.
+    assert abs(np.abs(got).max() / np.abs(wanted).max() - 1) < 2**-4
+
+
+def test_layers_that_were_not_quantized_stay_so(folders, tmp_path):
+    """`modules_to_not_convert`: the dense layer's feed-forward matrices are BF16."""
+    source = tmp_path / "source"
+    shutil.copytree(folders["fp8"], source)
+    content = json.loads((source / "config.json").read_text())
+    content["quantization_config"]["modules_to_not_convert"] = ["model.layers.0.mlp"]
+    (source / "config.json").write_text(json.dumps(content))
+    tensors = load_file_bits(source)
+    for name in [n for n in tensors if "layers.0.mlp" in n and not n.endswith(hf.SCALE_SUFFIX)]:
+        wide = slow_dequantized(tensors[name][1], tensors.pop(name + hf.SCALE_SUFFIX)[1])
+        tensors[name] = "BF16", wide.astype(ml_dtypes.bfloat16)
+    write_bits(source, tensors)
+    with Published(source) as published:
+        convert(published, tmp_path / "copy", "fp8")
+    dsjax.load_pretrained(source).save_pretrained(tmp_path / "kept", dtype="fp8")
+    wide = dsjax.load_pretrained(source, dtype="float32")
+    wide.save_pretrained(tmp_path / "masters", dtype="fp8")
+    for name in ("copy", "kept", "masters"):
+        assert tensors_of(tmp_path / name) == tensors_of(source), name
+        assert "modules_to_not_convert" in (tmp_path / name / "config.json").read_text()
+
+
+def test_other_types_come_back_too(folders, tmp_path):
+    """float16 throughout, or BF16 with norms in F32: what BF16 would round is kept wide."""
+
+    def half(tensors):
+        for name, x in tensors.items():
+            tensors[name] = x.astype(np.float16)
+
+    lm = dsjax.load_pretrained(edited(folders["float32"], tmp_path / "half", half))
+    assert lm.config.precision.compute_dtype == "float32"
+    lm.save_pretrained(tmp_path / "half again")
+    assert tensors_of(tmp_path / "half again") == tensors_of(tmp_path / "half")
+    assert "requantize" in refused(lm.save_pretrained, tmp_path / "x", dtype="fp8")
+
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folders["bfloat16"], mixed)
+    tensors = load_file_bits(mixed)
+    for name, (_, x) in list(tensors.items()):
+        if name.endswith("norm.weight"):
+            tensors[name] = "F32", x.astype(np.float32) * np.float32(1.00001)
+    write_bits(mixed, tensors)
+    dsjax.load_pretrained(mixed).save_pretrained(tmp_path / "mixed again")
+    assert tensors_of(tmp_path / "mixed again") == tensors_of(mixed)
+
+
+@pytest.mark.parametrize("scale", [1e-40, 2.0**-126, 1e37])
+def test_scales_that_float32_cannot_follow(folders, tmp_path, scale):
+    source = tmp_path / "source"
+    shutil.copytree(folders["fp8"], source)
+    tensors = load_file_bits(source)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for value in (np.float32(scale),):
+        tensors[name + hf.SCALE_SUFFIX][1][0, 0] = value
+    write_bits(source, tensors)
+    assert "which float32 cannot follow" in refused(dsjax.load_pretrained, source, dtype="float32")
+    tensors[name][1][:128, :128] = -0.0  # a block of zeros may have any, and keeps it
+    write_bits(source, tensors)
+    dsjax.load_pretrained(source, dtype="float32").save_pretrained(tmp_path / "out", dtype="fp8")
+    assert tensors_of(tmp_path / "out") == tensors_of(source)
+
+
+def test_what_is_not_finite_has_no_fp8(blocky, tmp_path):
+    params = jax.tree.map(lambda x: x, blocky.params)
+    block = params["stacks"]["dense"][0]["ffn"]
+    block["w_down_FD"] = block["w_down_FD"].at[0, 0, 0].set(np.inf)
+    lm = dsjax.LanguageModel(blocky.config, blocky.graphdef, params, blocky.bias, None)
+    assert "not finite" in refused(lm.save_pretrained, tmp_path / "out", dtype="fp8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda p: p.pop("final_norm_D"), "the model has no final_norm_D"),
+        (lambda p: p.update(embed_VD=p["embed_VD"][:-1]), "embed_VD has shape [511, 160]"),
+    ],
+)
+def test_arrays_of_another_model_are_not_exported(blocky, tmp_path, change, says):
+    params = dict(blocky.params)
+    change(params)
+    lm = dsjax.LanguageModel(blocky.config, blocky.graphdef, params, blocky.bias, None)
+    assert says in refused(lm.save_pretrained, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quantized_leaves_compute_what_their_masters_do(folders):
     kept = dsjax.load_pretrained(
         folders["fp8"],
@@ -540,14 +678,15 @@ def test_what_the_source_said_is_handed_back(folders, tmp_path):
     shutil.copytree(folders["bfloat16"], source)
     content = json.loads((source / "config.json").read_text())
     content |= {"auto_map": {"AutoModel": "code.Model"}, "aux_loss_alpha": 0.001, "bos_token_id": 7}
+    content["novelty"] = 1
     (source / "config.json").write_text(json.dumps(content))
     generation = b'{"eos_token_id": [5, 9], "temperature": 0.6}\n'
     (source / "generation_config.json").write_bytes(generation)
-    lm = dsjax.load_pretrained(source)
+    lm = dsjax.load_pretrained(source, ignore=["novelty"])
     assert lm.stop_ids == (5, 9)
     lm.save_pretrained(tmp_path / "out")
     back = json.loads((tmp_path / "out/config.json").read_text())
-    assert back["aux_loss_alpha"] == 0.001
+    assert (back["aux_loss_alpha"], back["novelty"]) == (0.001, 1)
     assert back["bos_token_id"] == 7
     assert "auto_map" not in back  # its code is not handed on
     assert (tmp_path / "out/generation_config.json").read_bytes() == generation
@@ -556,7 +695,7 @@ def test_what_the_source_said_is_handed_back(folders, tmp_path):
 # -------------------------------------------------------------------------------------- streaming
 
 
-def test_each_device_reads_what_it_holds(folders, monkeypatch):
+def test_each_device_reads_what_it_holds(folders, monkeypatch, tmp_path):
     from dsjax.interop import load as load_module
 
     monkeypatch.setattr(load_module, "PIECE_BYTES", 2**16)
@@ -572,6 +711,25 @@ def test_each_device_reads_what_it_holds(folders, monkeypatch):
     assert experts.q.sharding.spec == PartitionSpec(None, "expert", "fsdp", None)
     assert experts.q.addressable_shards[0].data.shape == (2, 4, 80, 272)
     assert experts.scale.sharding.spec == PartitionSpec(None, "expert")
+    # No byte of a tensor is read for a device that does not hold it.
+    read: list[int] = []
+    with Published(folders["fp8"]) as source:
+        load_module.load(
+            source.folder, lm.config, resident=True, rules=rules, mesh=mesh, on_bytes=read.append
+        )
+    leaves = jax.tree.leaves((lm.params, lm.bias), is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    held = [leaf.q if isinstance(leaf, Quantized) else leaf for leaf in leaves]
+    width = {"float8_e4m3fn": 1, "bfloat16": 2, "float32": 2}  # the router's are BF16 in the file
+    wanted_bytes = sum(
+        shard.data.size * width[leaf.dtype.name]
+        for leaf in held
+        for shard in leaf.addressable_shards
+    )
+    wanted_bytes += sum(2 * s.data.size for b in lm.bias.values() for s in b.addressable_shards)
+    assert sum(read) == wanted_bytes
+    lm.save_pretrained(tmp_path / "out", dtype="fp8")  # gathered from its shards
+    wanted.save_pretrained(tmp_path / "wanted", dtype="fp8")
+    assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "wanted")
 
 
 def test_blocks_are_cut_where_a_shard_needs_them(folders):
@@ -653,7 +811,7 @@ def test_a_conversion_goes_on_where_it_was_killed(folders, tmp_path):
         "with Published(sys.argv[1]) as source:\n"
         "    convert(source, sys.argv[2], 'bfloat16', shard_bytes=100_000, on_bytes=count)\n"
     )
-    seen = 0
+    seen: dict[str, int] = {}
     for steps in (30, 60, 10**9):
         done = subprocess.run(
             [sys.executable, "-c", script, folders["fp8"], target, str(steps)],
@@ -664,35 +822,69 @@ def test_a_conversion_goes_on_where_it_was_killed(folders, tmp_path):
         if steps < 10**9:
             assert done.returncode == -signal.SIGKILL, done.stderr
             assert not target.exists()
-            whole = list((tmp_path / "out.partial").glob("model-*.safetensors"))
-            assert len(whole) >= seen
-            seen = len(whole)
+            partial = (tmp_path / "out.partial").glob("model-*.safetensors")
+            whole = {path.name: path.stat().st_ino for path in partial}
+            assert whole.items() >= seen.items()  # not written again
+            seen = whole
     assert done.returncode == 0, done.stderr
+    assert seen.items() <= {path.name: path.stat().st_ino for path in target.iterdir()}.items()
     assert not (tmp_path / "out.partial").exists()
     assert not list(target.glob(".*"))
     with Published(folders["fp8"]) as source:
         convert(source, tmp_path / "unbroken", "bfloat16", shard_bytes=100_000)
     assert tensors_of(target) == tensors_of(tmp_path / "unbroken")
-    assert seen > 0
+    assert seen
 
 
 def test_another_sources_leftovers_are_not_mixed_in(folders, tmp_path):
     def interrupted(count):
         raise KeyboardInterrupt
 
-    with Published(folders["float32"]) as source:
-        with pytest.raises(KeyboardInterrupt):
-            convert(source, tmp_path / "out", "bfloat16", on_bytes=interrupted)
-        with Published(folders["fp8"]) as other:
-            said = refused(convert, other, tmp_path / "out", "bfloat16")
+    origin, target = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(folders["float32"], origin)
+    with Published(origin) as source, pytest.raises(KeyboardInterrupt):
+        convert(source, target, "fp8", on_bytes=interrupted)
+    os.utime(origin / "model.safetensors")  # as if other weights lay there now
+    with Published(origin) as changed, Published(folders["fp8"]) as other:
+        for how in (
+            {"source": changed, "dtype": "fp8"},
+            {"source": other, "dtype": "fp8"},
+            {"source": changed, "dtype": "fp8", "scale_format": "power_of_two"},
+        ):
+            said = refused(convert, target=target, **how)
             assert "an unfinished export of something else" in said
-        convert(source, tmp_path / "out", "bfloat16")
+    shutil.rmtree(tmp_path / "out.partial")
+    with Published(origin) as source:
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, target, "bfloat16", on_bytes=interrupted)
+        convert(source, target, "bfloat16")
         assert "exists and is not an empty folder" in refused(
             convert, source, tmp_path / "out", "bfloat16"
         )
     (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial/mine").touch()
     lm = dsjax.load_pretrained(folders["bfloat16"])
     assert "is no unfinished export" in refused(lm.save_pretrained, tmp_path / "mine")
+
+
+def test_targets_are_taken_as_they_are_meant(folders, tmp_path, monkeypatch):
+    lm = dsjax.load_pretrained(folders["bfloat16"])
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    lm.save_pretrained(".")
+    assert tensors_of(tmp_path / "here") == tensors_of(folders["bfloat16"])
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    lm.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "real/model.safetensors").is_file()
+    (tmp_path / "begun.partial").mkdir()  # ended before a word was written
+    lm.save_pretrained(tmp_path / "begun")
+    (tmp_path / "file").write_text("")
+    assert "is not a folder" in refused(lm.save_pretrained, tmp_path / "file/x")
+    (tmp_path / "odd.partial").mkdir()
+    (tmp_path / "odd.partial/.dsjax-export.json").write_text("[]")
+    assert "is no unfinished export" in refused(lm.save_pretrained, tmp_path / "odd")
 
 
 def test_a_refusing_disk_is_told_in_one_line(folders, tmp_path, monkeypatch):
@@ -766,8 +958,14 @@ def test_training_begins_with_published_weights(nano_run, tmp_path, monkeypatch,
     ]
     assert pretrain_script.main(["pretrain", *arguments]) == 0
     tuned, first = dsjax.load_pretrained(workdir), dsjax.load_pretrained(source)
-    assert_near(tuned.params["embed_VD"], first.params["embed_VD"])
+    jax.tree.map(assert_near, tuned.params, first.params)
+    for stack, bias in first.bias.items():  # which one step has moved by 0.001
+        assert np.abs(np.asarray(bias)).max() > 2e-3
+        assert np.abs(np.asarray(tuned.bias[stack] - bias)).max() < 1.5e-3
     assert tuned.tokenizer.fingerprint == first.tokenizer.fingerprint
+    shutil.move(source, tmp_path / "elsewhere")  # it is not needed any more
+    assert pretrain_script.main(["pretrain", *arguments]) == 0
+    shutil.move(tmp_path / "elsewhere", source)
     again = [*arguments, "--set", "model.norm_eps=1e-3", f"--workdir={tmp_path / 'x'}"]
     assert pretrain_script.main(["pretrain", *again]) == 2
     assert "is of another model; model.norm_eps" in capsys.readouterr().err
@@ -889,6 +1087,27 @@ def test_a_malformed_config_is_refused(folders, tmp_path, content):
     shutil.copytree(folders["bfloat16"], folder)
     (folder / "config.json").write_bytes(content)
     assert "config.json" in refused(dsjax.load_pretrained, folder)
+
+
+def test_small_files_do_not_lead_out_of_the_folder(folders, tmp_path):
+    folder = tmp_path / "bad"
+    shutil.copytree(folders["bfloat16"], folder)
+    (tmp_path / "secret").write_text("secret")
+    (folder / "merges.txt").symlink_to(tmp_path / "secret")
+    with Published(folder) as source:
+        assert "leads out of its folder" in refused(convert, source, tmp_path / "x", "bfloat16")
+    assert "leads out of its folder" in refused(dsjax.load_pretrained, folder)
+    (folder / "merges.txt").unlink()
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    assert "is not a regular file" in refused(Published, folder)
+
+
+def test_hostile_values_are_one_short_line():
+    for content in (v3(rms_norm_eps=10**400), v3(**{"a\nb\x1b[2J": 1}), v3(vocab_size="x" * 10**6)):
+        said = refused(hf_config.model_config, content)
+        assert said.isprintable()
+        assert len(said) < 3000
 
 
 def test_pickles_are_not_opened(folders, tmp_path):

@@ -18,7 +18,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax.errors import InputError
+from dsjax.errors import InputError, RunError
 from dsjax.interop.tensor_files import (
     DTYPES,
     INDEX_FILE,
@@ -754,17 +754,17 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     for number in range(1, 5):
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", fails_at(number))
-            with pytest.raises(InputError, match=r"model\.safetensors': No space left"):
+            with pytest.raises(RunError, match=r"model\.safetensors': No space left"):
                 write_shard(tmp_path, shard, pieces)
         assert os.listdir(tmp_path) == []
     for function in ["fsync", "replace"]:
         with monkeypatch.context() as patch:
             patch.setattr(os, function, fails_at(1))
-            with pytest.raises(InputError, match="No space left"):
+            with pytest.raises(RunError, match="No space left"):
                 write_shard(tmp_path, shard, pieces)
         assert os.listdir(tmp_path) == []
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write .*file/model"):
+    with pytest.raises(RunError, match=r"cannot write .*file/model"):
         write_shard(tmp_path / "file", shard, pieces)
 
 
@@ -870,10 +870,10 @@ def test_two_writers_do_not_mix_their_bytes(tmp_path):
         write_shard(tmp_path, shard, lambda name: [np.full(2, 2, np.float32)])
         yield np.ones(1, np.float32)
 
-    with pytest.raises(InputError, match="does another process write there"):
+    with pytest.raises(RunError, match="does another process write there"):
         write_shard(tmp_path, shard, first)
     assert os.listdir(tmp_path) == [SINGLE_FILE]
     assert same(TensorFolder.open(tmp_path).read("a"), np.full(2, 2, np.float32))
-    with contextlib.suppress(InputError):
+    with contextlib.suppress(RunError):
         write_index(tmp_path, [shard])
     assert os.listdir(tmp_path) == [SINGLE_FILE]

@@ -568,6 +568,30 @@ def _mscale(candidate: Candidate) -> WrongGuess:
     )
 
 
+def _rope_theta(candidate: Candidate) -> WrongGuess:
+    """The base of the rotary frequencies ten times larger or smaller."""
+
+    def scaled(factor: float) -> Config:
+        def other(block: BlockConfig) -> BlockConfig:
+            rope = block.attention.rope
+            rope = dataclasses.replace(rope, theta=rope.theta * factor)
+            attention = dataclasses.replace(block.attention, rope=rope)
+            return dataclasses.replace(block, attention=attention)
+
+        return _with_blocks(candidate.config, other)
+
+    def change(config: Config) -> Change:
+        return lambda c: dataclasses.replace(c, config=config, mtp_input=None)
+
+    return WrongGuess(
+        "rope_theta",
+        "another base of the rotary frequencies",
+        variants={"times 10": change(scaled(10.0)), "a tenth": change(scaled(0.1))},
+        decides=False,
+        note=_MILD,
+    )
+
+
 def _gate_up(candidate: Candidate) -> WrongGuess:
     """The halves of the fused gate and up projections exchanged, within `SWAP_BYTES`."""
     says = "gate and up projections exchanged"
@@ -804,6 +828,7 @@ def _mtp_unnormed(candidate: Candidate) -> WrongGuess:
 _MAKERS = {
     "rope_pairing": _rope_pairing,
     "mscale": _mscale,
+    "rope_theta": _rope_theta,
     "gate_up": _gate_up,
     "gate_scale": _gate_scale,
     "group_limit": _group_limit,
@@ -899,7 +924,12 @@ class Report:
     @property
     def passed(self) -> bool:
         """The verdict."""
-        return self.speaks and not self.failed
+        return self.speaks and self.decided and not self.failed
+
+    @property
+    def decided(self) -> bool:
+        """Whether any wrong guess could be told from the model."""
+        return any(o.result in ("worse", "better") for o in self.outcomes)
 
     def verdict(self) -> str:
         """PASS or FAIL with the reasons, in one line."""
@@ -920,6 +950,8 @@ class Report:
                 f"{o.name}: the model is better under a wrong guess ({o.says}: {o.variant}), "
                 f"{o.measure} {o.value:.4g}"
             )
+        if not self.decided:
+            reasons.append("no wrong guess could be told from the model, so nothing was decided")
         if even:
             reasons.append(f"no worse under the wrong guess: {', '.join(even)}")
         return f"FAIL: {'; '.join(reasons)}"

@@ -59,6 +59,27 @@ def choose_scale(
     return np.ldexp(np.float32(1.0), np.where(mantissa == 0.5, exponent - 1, exponent))
 
 
+def at_least(scale: Float[np.ndarray, "r c"], dtype: np.dtype) -> Float[np.ndarray, "r c"]:
+    """The scales as a dtype holds them, rounded up where they must be: FP8 has no room above."""
+    held = scale.astype(dtype)
+    if dtype.itemsize == 2:
+        held = np.where(held.astype(np.float32) < scale, held.view(np.uint16) + 1, held.view("u2"))
+        held = held.astype(np.uint16).view(dtype)
+    return held.astype(np.float32)
+
+
+def check_range(scale: Float[np.ndarray, "r c"], q: Shaped[np.ndarray, "R C"], where: str) -> None:
+    """Refuses scales under which float32 loses or overflows FP8's numbers.
+
+    Raises:
+        InputError: naming the scale; blocks of zeros may have any.
+    """
+    for i, j in np.argwhere((scale < 2.0**-117) | (scale > 2.0**119)):
+        block = q[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+        if (block.view(np.uint8) & 0x7F).any():
+            raise InputError(f"{where} has the scale {scale[i, j]}, which float32 cannot follow")
+
+
 def is_power_of_two(scale: Float[np.ndarray, "r c"]) -> bool:
     """Whether every scale is one, so that its exponent says it all."""
     return bool((np.frexp(scale)[0] == 0.5).all())
@@ -104,7 +125,8 @@ def decode(q, scale, row: int = 0, col: int = 0) -> Array:
 def encode(x: Float[Array, "R C"], scale: Float[Array, "r c"]) -> Shaped[Array, "R C"]:
     """Values -> FP8 under given scales, to the nearest, ties to even."""
     rows, cols = x.shape
-    scaled = x.astype(jnp.float32) / _spread(scale, rows, cols)
+    x = x.astype(jnp.float32)
+    scaled = jnp.where(x == 0, x, x / _spread(scale, rows, cols))  # a scale may be flushed to zero
     return jnp.clip(scaled, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
 
 

@@ -309,6 +309,8 @@ def leaf_shape(group: list[Entry]) -> tuple[int, ...]:
 def from_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[dict, dict]:
     """Published tensors in memory -> (params, bias), NumPy arrays in the tensors' dtypes.
 
+    The plain form of `dsjax.interop.load`, for gradients and tests.
+
     Raises:
         InputError: naming a tensor that is missing.
     """

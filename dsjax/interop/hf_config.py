@@ -24,7 +24,8 @@ from dsjax.config import (
     SwiGluConfig,
     YarnConfig,
 )
-from dsjax.errors import InputError, nearest
+from dsjax.errors import InputError
+from dsjax.interop.tensor_files import read_small
 
 CONFIG_FILE = "config.json"
 ARCHITECTURES = {
@@ -41,7 +42,14 @@ _NEUTRAL = frozenset(
         *("_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "auto_map"),
         *("aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id"),
         *("ep_size", "finetuning_task", "id2label", "initializer_range", "is_decoder"),
-        *("is_encoder_decoder", "label2id", "max_window_layers", "model_type", "num_labels"),
+        *(
+            "is_encoder_decoder",
+            "is_llama_config",
+            "label2id",
+            "max_window_layers",
+            "model_type",
+            "num_labels",
+        ),
         *("output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id"),
         *("pretraining_tp", "problem_type", "qk_head_dim", "return_dict", "router_aux_loss_coef"),
         *("seq_aux", "tokenizer_class", "torch_dtype", "transformers_version", "unsloth_fixed"),
@@ -74,10 +82,10 @@ class _Fields:
             if default is _MISSING:
                 raise InputError(f"{self.where} has no '{name}'")
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**1000:
             value = float(value)
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            raise InputError(f"{self.where}: '{name}' must be {kind.__name__}, not {value!r}")
+            raise InputError(f"{self.where}: '{name}' must be {kind.__name__}, not {value!r:.200}")
         return value
 
     def count(self, name: str, most: int, default: Any = _MISSING) -> int:
@@ -111,8 +119,8 @@ class _Fields:
             if name in self.asked or name in _NEUTRAL or name in ignore or value is None:
                 continue
             raise InputError(
-                f"{self.where}: unknown field '{name}'{nearest(name, self.asked)} It may change "
-                f"the mathematics; if it does not, name it in `ignore`"
+                f"{self.where}: unknown field '{name:.100}', which may change the mathematics; if "
+                "it does not, name it in `ignore` (--ignore)"
             )
 
 
@@ -123,12 +131,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: if it cannot be read, or is no JSON object.
     """
     path = folder / CONFIG_FILE
+    text = read_small(folder, CONFIG_FILE, _MAX_BYTES)
+    if text is None:
+        raise InputError(f"cannot read {path}: there is no such file")
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{path} is larger than {_MAX_BYTES:,} bytes")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -154,10 +161,11 @@ def model_config(
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise InputError(
-            f"{where}: model_type is {kind!r}; known: {', '.join(sorted(ARCHITECTURES))}"
+            f"{where}: model_type is {kind!r:.200}; known: {', '.join(sorted(ARCHITECTURES))}"
         )
     fields.expect("hidden_act", "silu")
     fields.expect("attention_dropout", 0, 0.0)
+    fields.expect("rope_interleaved", False)
     fields.expect("mlp_bias", False)
     _check_quantization(fields)
     try:
@@ -173,7 +181,7 @@ def _shared(fields: _Fields) -> dict[str, Any]:
     return {
         "vocab_size": fields.get("vocab_size", int),
         "embed_dim": fields.get("hidden_size", int),
-        "norm_eps": fields.get("rms_norm_eps", float, 1e-6),
+        "norm_eps": fields.get("rms_norm_eps", float),
         "init_std": fields.get("initializer_range", float, 0.02) or 0.02,
         "max_positions": fields.get("max_position_embeddings", int),
         "tie_embeddings": fields.get("tie_word_embeddings", bool, False),
@@ -234,7 +242,7 @@ def _latent(fields: _Fields, kind: str) -> ModelConfig:
         latent_norm_eps=LATENT_NORM_EPS,
     )
     fields.expect("head_dim", attention.rope_dim, attention.head_dim)
-    dense = min(fields.get("first_k_dense_replace", int, 0 if kind == "deepseek_v2" else 3), layers)
+    dense = min(fields.count("first_k_dense_replace", _MOST_LAYERS), layers)
     moe = _experts(fields, kind)
     stacks = []
     if dense:
@@ -261,11 +269,14 @@ def _experts(fields: _Fields, kind: str) -> MoeConfig:
         "num_experts": fields.count("n_routed_experts", _MOST_EXPERTS),
         "num_experts_per_token": fields.get("num_experts_per_tok", int),
         "expert_dim": fields.get("moe_intermediate_size", int),
-        "num_shared_experts": fields.get("n_shared_experts", int, 0),
-        "gate_scale": fields.get("routed_scaling_factor", float, 1.0),
+        # Defaults differ between readers, so what is not said is not guessed. V2-Lite's null means
+        # no groups.
+        "num_shared_experts": fields.get("n_shared_experts", int),
+        "gate_scale": fields.get("routed_scaling_factor", float),
     }
-    groups = fields.get("n_group", int, 1)
-    kept = fields.get("topk_group", int, 1)
+    grouped = kind == "deepseek_v3" or fields.content.get("topk_method") == "group_limited_greedy"
+    default = {} if grouped else {"default": 1}
+    groups, kept = fields.get("n_group", int, **default), fields.get("topk_group", int, **default)
     if kind == "deepseek_v3":
         fields.expect("scoring_func", "sigmoid")
         fields.expect("topk_method", "noaux_tc")
@@ -273,13 +284,12 @@ def _experts(fields: _Fields, kind: str) -> MoeConfig:
             **shared,
             num_groups=groups,
             groups_per_token=kept,
-            normalize_gates=fields.get("norm_topk_prob", bool, True),
+            normalize_gates=fields.get("norm_topk_prob", bool),
         )
     fields.expect("scoring_func", "softmax")
     fields.expect("topk_method", "greedy", "group_limited_greedy")
     # transformers ignores it; the published code normalises instead of scaling.
     fields.expect("norm_topk_prob", False)
-    grouped = fields.content.get("topk_method") == "group_limited_greedy"
     return MoeConfig(
         **shared,
         num_groups=groups if grouped else 1,
@@ -432,8 +442,8 @@ def _essence(model: ModelConfig) -> tuple:
 
     layers = [plain(b) for s in model.stacks for _ in range(s.repeats) for b in s.blocks]
     mtp = None if model.mtp is None else (model.mtp.depth, plain(model.mtp.block))
-    rest = (model.vocab_size, model.embed_dim, model.norm_eps, model.init_std)
-    return layers, mtp, *rest, model.max_positions, model.tie_embeddings
+    rest = (model.vocab_size, model.embed_dim, model.norm_eps, model.max_positions)
+    return layers, mtp, *rest, model.tie_embeddings
 
 
 def computes_alike(a: ModelConfig, b: ModelConfig) -> bool:
@@ -548,28 +558,39 @@ def _published_latent(
 
 
 def exported_config(
-    model: ModelConfig, dtype: str, power_of_two: bool, source: Mapping[str, Any] | None = None
+    model: ModelConfig,
+    dtype: str,
+    scale_format: str,
+    source: Mapping[str, Any] | None = None,
+    *,
+    as_stored: bool = False,
 ) -> dict[str, Any]:
     """The `config.json` that goes with exported tensors.
 
     Args:
         model: whose.
         dtype: "bfloat16", "float32" or "fp8".
-        power_of_two: whether FP8's scales are powers of two.
+        scale_format: of FP8's scales; "float32", "power_of_two" or "e8m0".
         source: that of the checkpoint the model came from; what it says is handed back where it
             still describes the model.
+        as_stored: the tensors keep the types that they came in, and so do the fields about them.
 
     Raises:
         InputError: as `published_config`.
     """
-    content = published_config(model)
+    content, kept = None, False
     if source is not None:
-        ignore = tuple(source)  # what was let pass in reading
-        if computes_alike(model_config(source, ignore=ignore), model):
+        there = model_config(source, ignore=tuple(source))  # what was let pass in reading
+        if computes_alike(there, model):
             content = {k: v for k, v in source.items() if k != "auto_map"}  # code not handed on
             content["architectures"] = [ARCHITECTURES[content["model_type"]]]
-        elif content["model_type"] == source.get("model_type"):
+            kept = as_stored
+    if content is None:
+        content = published_config(model)
+        if source is not None and content["model_type"] == source.get("model_type"):
             content = {k: v for k, v in source.items() if k in _TOKENS} | content
+    if kept:
+        return content
     content = {k: v for k, v in content.items() if k not in ("quantization_config", "dtype")}
     content["torch_dtype"] = "float32" if dtype == "float32" else "bfloat16"
     if dtype == "fp8":
@@ -578,5 +599,5 @@ def exported_config(
             "fmt": "e4m3",
             "quant_method": "fp8",
             "weight_block_size": [128, 128],
-        } | ({"scale_fmt": "ue8m0"} if power_of_two else {})
+        } | ({} if scale_format == "float32" else {"scale_fmt": "ue8m0"})
     return content

@@ -127,7 +127,8 @@ def load(
     folder: TensorFolder,
     config: Config,
     *,
-    resident: bool,
+    resident: bool = False,
+    as_stored: bool = False,
     rules: AxisRules,
     mesh: Mesh | None = None,
     on_bytes: Callable[[int], object] = lambda count: None,
@@ -138,6 +139,7 @@ def load(
         folder: of files that `check_tensors` has passed.
         config: its model, and the dtype to keep parameters in.
         resident: FP8 weights stay FP8; otherwise they become `param_dtype`.
+        as_stored: arrays that BF16 would round are float32, whatever `param_dtype` says.
         rules: where each logical axis goes.
         mesh: of the devices; None keeps everything on the first one.
         on_bytes: told of bytes read, as they are.
@@ -165,9 +167,14 @@ def load(
         assert shape == variables[path].shape, (path, shape, variables[path].shape)
         sharding = _sharding(mesh, specs[path])
         types = {folder.infos[entry.name].dtype for entry in group}
+        if as_stored and types & {"F32", "F16"}:
+            dtype = jnp.dtype(jnp.float32)
         kept = resident and "F8_E4M3" in types
         if kept and len(types) > 1:
-            raise InputError(f"{group[0].name} and its neighbours are of types {sorted(types)}")
+            raise InputError(
+                f"{group[0].name} and its neighbours in one array are of types "
+                f"{', '.join(sorted(types))}; load them as one dtype, bfloat16 or float32"
+            )
         leaf = _filled(
             folder, group, shape, jnp.float8_e4m3fn if kept else dtype, sharding, kept, on_bytes
         )
@@ -247,6 +254,7 @@ def _filled(folder, group, shape, dtype, sharding, kept, on_bytes) -> jax.Array:
         if tensor.dtype == jnp.float8_e4m3fn and not kept:
             name = entry.name + hf.SCALE_SUFFIX
             scale = fp8.check_scale(folder.read(name), name)
+            fp8.check_range(scale, tensor, f"{folder.infos[name].file}: tensor {name}")
         for device, box in boxes.items():
             for piece in _pieces(entry, box):
                 part = tensor[piece.rows] if tensor.ndim == 1 else tensor[piece.rows, piece.cols]

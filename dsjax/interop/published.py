@@ -18,7 +18,7 @@ from dsjax.interop import fp8, hf, save
 from dsjax.interop.gguf import read_gguf
 from dsjax.interop.hf_config import CONFIG_FILE, exported_config, model_config, read_config
 from dsjax.interop.load import check_tensors, present
-from dsjax.interop.tensor_files import TensorFolder, TensorSpec
+from dsjax.interop.tensor_files import TensorFolder, TensorSpec, read_small
 
 GENERATION_FILE = "generation_config.json"
 # Handed on as they are: how text becomes tokens and a conversation text, and how to sample.
@@ -87,17 +87,8 @@ class Published:
 
     def small_files(self) -> dict[str, bytes]:
         """The files beside configuration and tensors that are handed on."""
-        found = {}
-        for name in PASSED_ON:
-            path = self.path / name
-            try:
-                if path.is_file():
-                    if path.stat().st_size > _MOST_BYTES:
-                        raise InputError(f"{path} is larger than {_MOST_BYTES:,} bytes")
-                    found[name] = path.read_bytes()
-            except OSError as error:
-                raise InputError(f"cannot read {path}: {error.strerror}") from error
-        return found
+        found = {name: read_small(self.path, name, _MOST_BYTES) for name in PASSED_ON}
+        return {name: content for name, content in found.items() if content is not None}
 
     def tensors(self) -> save.Source:
         """Its tensors, for `convert`."""
@@ -108,6 +99,11 @@ class Published:
         files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.folder.files]
         config = hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
         return {"path": os.path.realpath(self.path), "files": files, "config": config}
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """What is left of an identity where a short text must do."""
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def scale_format_of(content: Mapping[str, Any], types: Mapping[str, str]) -> fp8.ScaleFormat:
@@ -127,8 +123,14 @@ def check_requantize(source: save.Dtype, dtype: save.Dtype, requantize: bool) ->
     if dtype == "fp8" and source == "bfloat16" and not requantize:
         raise InputError(
             "the weights are of 16 bits; FP8 made of them differs from FP8 made of the weights "
-            "they were rounded from (scales drift by up to 0.3%). To do it all the same, requantize"
+            "they were rounded from (scales drift by up to 0.3%); to do it all the same, "
+            "requantize (--requantize)"
         )
+
+
+def keeps_types(origin: save.Dtype, dtype: save.Dtype | None) -> bool:
+    """Whether an export keeps the type of each tensor: where none was asked for, and of FP8."""
+    return dtype is None or (dtype == "fp8" and origin == "fp8")
 
 
 def checked_dtype(dtype: str) -> save.Dtype:
@@ -188,7 +190,10 @@ class GgufFile:
         Raises:
             InputError: as `read_gguf`.
         """
-        self.path, self._gguf = Path(path), read_gguf(path)
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{path} is no file")
+        self._gguf = read_gguf(path)
         self.content = self._gguf.config
         self.model = model_config(self.content, str(path))
         self.dtype: save.Dtype = "float32"
@@ -231,7 +236,7 @@ class GgufFile:
 def convert(
     source: Convertible,
     target: str | os.PathLike,
-    dtype: save.Dtype,
+    dtype: save.Dtype | None = None,
     *,
     scale_format: fp8.ScaleFormat | None = None,
     requantize: bool = False,
@@ -245,7 +250,7 @@ def convert(
     Args:
         source: the checkpoint to read.
         target: the folder to write, which must not exist or be empty.
-        dtype: of the tensors.
+        dtype: of the tensors; None keeps the type of each.
         scale_format: of FP8's scales; None takes the source's, or float32.
         requantize: rounds to FP8 what was rounded before.
         shard_bytes: the most that a file holds.
@@ -255,11 +260,23 @@ def convert(
         InputError: if the target is in the way, or FP8 would be made of rounded weights.
         RunError: if the disk refuses; the same call goes on.
     """
-    check_requantize(source.dtype, dtype, requantize)
+    check_requantize(source.dtype, dtype or source.dtype, requantize)
     chosen, plan = _plan(source, dtype, scale_format)
-    tensors = source.tensors()
-    export = save.Export(source.model, tensors, plan, scale_format=chosen, requantize=requantize)
-    content = exported_config(source.model, dtype, chosen != "float32", source.content)
+    export = save.Export(
+        source.model,
+        source.tensors(),
+        plan,
+        scale_format=chosen,
+        asked=scale_format,
+        requantize=requantize,
+    )
+    content = exported_config(
+        source.model,
+        dtype or source.dtype,
+        chosen,
+        source.content,
+        as_stored=keeps_types(source.dtype, dtype) and scale_format is None,
+    )
     identity = {
         **source.identity(),
         "dtype": dtype,
@@ -268,25 +285,33 @@ def convert(
         "shard_bytes": shard_bytes,
     }
     save.write_folder(
-        Path(target),
+        target,
         plan,
         export.pieces,
         {**source.small_files(), CONFIG_FILE: as_json(content)},
-        identity=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        identity=fingerprint(identity),
         shard_bytes=shard_bytes,
         on_bytes=on_bytes,
     )
 
 
 def _plan(
-    source: Convertible, dtype: save.Dtype, scale_format: fp8.ScaleFormat | None
+    source: Convertible, dtype: save.Dtype | None, scale_format: fp8.ScaleFormat | None
 ) -> tuple[fp8.ScaleFormat, dict[str, TensorSpec]]:
     chosen = scale_format or scale_format_of(source.content, source.types)
-    stored = source.types if dtype == source.dtype and scale_format is None else None
-    return chosen, save.specs(source.model, dtype, scale_format=chosen, stored=stored)
+    plan = save.specs(
+        source.model,
+        dtype or source.dtype,
+        scale_format=chosen,
+        stored=source.types if keeps_types(source.dtype, dtype) else None,
+        keep_scales=scale_format is None,
+    )
+    return chosen, plan
 
 
-def num_bytes(source: Convertible, dtype: save.Dtype, scale_format: fp8.ScaleFormat | None) -> int:
+def num_bytes(
+    source: Convertible, dtype: save.Dtype | None, scale_format: fp8.ScaleFormat | None
+) -> int:
     """Bytes of tensors that `convert` writes."""
     return sum(spec.num_bytes for spec in _plan(source, dtype, scale_format)[1].values())
 

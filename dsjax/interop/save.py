@@ -26,6 +26,9 @@ from dsjax.errors import InputError, RunError
 from dsjax.interop import fp8, hf
 from dsjax.interop.load import PIECE_BYTES
 from dsjax.interop.tensor_files import (
+    DTYPES as TENSOR_DTYPES,
+)
+from dsjax.interop.tensor_files import (
     INDEX_FILE,
     Shard,
     TensorFolder,
@@ -96,12 +99,27 @@ class ParamsSource:
         bias: Mapping[str, Any],
         scales: Mapping[str, np.ndarray],
     ):
-        """Raises RunError if other processes hold a part of the arrays."""
+        """Takes a model's arrays.
+
+        Raises:
+            InputError: if they are not those of the model.
+            RunError: if other processes hold a part of them.
+        """
         self._tree = {**params, "router_bias": bias}
         self._scales = scales
         self._entries = {entry.name: entry for entry in hf.entries(model)}
+        for path, group in hf.by_leaf(model).items():
+            where = ".".join(map(str, path))
+            try:
+                leaf = hf.get(self._tree, path)
+            except (KeyError, TypeError, IndexError) as error:
+                raise InputError(f"the model has no {where}") from error
+            array = leaf.q if isinstance(leaf, Quantized) else leaf
+            if tuple(array.shape) != hf.leaf_shape(group):
+                wanted = list(hf.leaf_shape(group))
+                raise InputError(f"{where} has shape {list(array.shape)}, expected {wanted}")
         for leaf in jax.tree.leaves(self._tree):
-            if not leaf.is_fully_addressable:
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
                 raise RunError("a model spread over several processes cannot be exported yet")
 
     def leaf(self, entry: hf.Entry) -> Any:
@@ -119,14 +137,16 @@ class ParamsSource:
         leaf = self.leaf(entry)
         if not isinstance(leaf, Quantized):
             return self._scales.get(name)
-        rows, _ = fp8.blocks(entry.shape)
+        rows, cols = fp8.blocks(entry.shape)
         first = entry.start // entry.shape[0] * rows
-        return np.asarray(leaf.scale[entry.index])[:, first : first + rows].T
+        box = [slice(i, i + 1) for i in entry.index]
+        part = _gathered(leaf.scale, [*box, slice(0, cols), slice(first, first + rows)])
+        return part.reshape(cols, rows).T
 
     def rows(self, entry: hf.Entry, first: int, last: int) -> jax.Array:
         """See `Source`."""
         leaf = self.leaf(entry)
-        leaf = leaf.q if isinstance(leaf, Quantized) else leaf
+        leaf = jnp.asarray(leaf.q if isinstance(leaf, Quantized) else leaf)
         layout, inner = entry.layout, math.prod(entry.layout.rows[1:])
         start, sizes = [*entry.index], [1] * len(entry.index)
         for d, (group, size) in enumerate(zip(layout.groups, layout.leaf, strict=True)):
@@ -185,6 +205,7 @@ def specs(
     *,
     scale_format: fp8.ScaleFormat = "float32",
     stored: Mapping[str, str] | None = None,
+    keep_scales: bool = False,
 ) -> dict[str, TensorSpec]:
     """Every tensor that an export writes, by name, in the order of the layers.
 
@@ -194,20 +215,23 @@ def specs(
             V3 is published: matrices of attention and feed-forward layers in FP8 with scales, the
             rest in BF16.
         scale_format: of FP8's scales.
-        stored: types that tensors came in, kept where they fit the dtype asked for.
+        stored: types that tensors came in, and keep.
+        keep_scales: those of FP8's scales, too.
     """
     found: dict[str, TensorSpec] = {}
-    scale_dtype = "F8_E8M0" if scale_format == "e8m0" else "F32"
+    stored = stored or {}
+    chosen = "F8_E8M0" if scale_format == "e8m0" else "F32"
     for entry in hf.entries(model):
-        name, wide = entry.name, "F32" if entry.kind == "f32" else _WIDE[dtype]
-        if dtype == "fp8" and entry.kind == "fp8":
+        name = entry.name
+        came = stored.get(name)
+        if dtype == "fp8" and entry.kind == "fp8" and came in (None, "F8_E4M3"):
             found[name] = TensorSpec("F8_E4M3", entry.shape)
             name += hf.SCALE_SUFFIX
-            found[name] = TensorSpec(scale_dtype, fp8.blocks(entry.shape))
+            scale = stored.get(name, chosen) if keep_scales else chosen
+            found[name] = TensorSpec(scale, fp8.blocks(entry.shape))
         else:
-            found[name] = TensorSpec(wide, entry.shape)
-        if stored and name in stored:
-            found[name] = found[name]._replace(dtype=stored[name])
+            wide = "F32" if entry.kind == "f32" else _WIDE[dtype]
+            found[name] = TensorSpec(came or wide, entry.shape)
     return found
 
 
@@ -221,10 +245,21 @@ class Export:
         plan: Mapping[str, TensorSpec],
         *,
         scale_format: fp8.ScaleFormat,
+        asked: fp8.ScaleFormat | None,
         requantize: bool,
     ):
+        """Takes what to write and how.
+
+        Args:
+            model: whose tensors.
+            source: where they come from.
+            plan: their types and shapes, of `specs`.
+            scale_format: of scales that are made.
+            asked: the same if it was asked for, so that stored scales must be of that kind, too.
+            requantize: whether FP8 may be rounded again for that.
+        """
         self.source, self.plan = source, plan
-        self._format, self._requantize = scale_format, requantize
+        self._format, self._asked, self._requantize = scale_format, asked, requantize
         self._entries = {entry.name: entry for entry in hf.entries(model)}
         self._last_scale: tuple[str, np.ndarray] | None = None
 
@@ -236,10 +271,7 @@ class Export:
         """
         base = name.removesuffix(hf.SCALE_SUFFIX)
         if name not in self._entries:
-            dtype = jnp.float8_e8m0fnu if self.plan[name].dtype == "F8_E8M0" else None
-            if self.plan[name].dtype == "BF16":
-                dtype = jnp.bfloat16
-            yield self._scale(self._entries[base]).astype(dtype or np.float32)
+            yield self._scale(self._entries[base]).astype(TENSOR_DTYPES[self.plan[name].dtype])
             return
         entry, target = self._entries[name], self.plan[name].dtype
         scale = self._scale(entry) if "F8_E4M3" in (target, self.source.kept_as(name)) else None
@@ -272,7 +304,7 @@ class Export:
 
     def _anew(self, entry: hf.Entry) -> bool:
         """Whether an FP8 tensor's stored scales are of another kind than those asked for."""
-        if self.source.kept_as(entry.name) != "F8_E4M3" or self._format == "float32":
+        if self.source.kept_as(entry.name) != "F8_E4M3" or self._asked in (None, "float32"):
             return False
         stored = self.source.scale(entry.name)
         return stored is not None and not fp8.is_power_of_two(stored.astype(np.float32))
@@ -293,12 +325,17 @@ class Export:
                 "rounding the weights again (requantize)"
             )
         else:
-            scale = self._fresh_scale(entry, stored)
+            target = TENSOR_DTYPES[self.plan[entry.name + hf.SCALE_SUFFIX].dtype]
+            scale = fp8.at_least(self._fresh_scale(entry, stored), target)
         self._last_scale = entry.name, scale
         return scale
 
     def _fresh_scale(self, entry: hf.Entry, stored: np.ndarray | None) -> np.ndarray:
-        """Of each block: the stored scale if it still gives its numbers exactly, else its own."""
+        """Of each block: the stored scale if it still gives its numbers exactly, else its own.
+
+        Raises:
+            InputError: for a weight that is not finite.
+        """
         found, anew = [], self._anew(entry)
         for first, x in self._chunks(entry):
             x, kept = jnp.asarray(x), None
@@ -306,9 +343,15 @@ class Export:
                 kept = stored[first // fp8.BLOCK : -(-(first + len(x)) // fp8.BLOCK)]
                 if x.dtype == jnp.float8_e4m3fn:
                     x = fp8.decoded(x, kept, "float32")
-            scale = fp8.choose_scale(np.asarray(fp8.amax(x)), self._format)
+            largest = np.asarray(fp8.amax(x))
+            if not np.isfinite(largest).all():
+                raise InputError(f"{entry.name} holds numbers that are not finite; FP8 has none")
+            scale = fp8.choose_scale(largest, self._format)
             if kept is not None and not anew:
-                scale = np.where(np.asarray(fp8.kept_by(x, kept)), kept, scale)
+                fits = np.asarray(fp8.kept_by(x, kept))
+                if self._format != "float32":
+                    fits = fits & (np.frexp(kept)[0] == 0.5)
+                scale = np.where(fits, kept, scale)
             found.append(scale)
         return np.concatenate(found)
 
@@ -316,20 +359,28 @@ class Export:
 # ---- the folder ---------------------------------------------------------------------------------
 
 
-def check_target(target: Path) -> None:
-    """Refuses a target that is there and not an empty folder.
+def check_target(target: str | os.PathLike) -> Path:
+    """Where a folder is to be made, without links; refuses what is there and no empty folder.
 
     Raises:
         InputError: naming it.
     """
     if not str(target).strip() or "\0" in str(target):
         raise InputError(f"target {str(target)!r} is no path")
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"target {target} exists and is not an empty folder")
+    path = Path(os.path.realpath(target))
+    try:
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"target {target} exists and is not an empty folder")
+        parent = next(p for p in path.parents if os.path.lexists(p))
+        if not parent.is_dir():
+            raise InputError(f"target {target}: {parent} is not a folder")
+    except OSError as error:
+        raise InputError(f"target {target} cannot be written: {error.strerror}") from error
+    return path
 
 
 def write_folder(
-    target: Path,
+    target: str | os.PathLike,
     plan: Mapping[str, TensorSpec],
     pieces: Callable[[str], Iterable[np.ndarray]],
     files: Mapping[str, bytes],
@@ -354,8 +405,8 @@ def write_folder(
         InputError: if the target is in the way, or an unfinished export of something else is.
         RunError: if the disk refuses; what is whole stays for another try.
     """
-    check_target(target)
-    partial = target.with_name(target.name + ".partial")
+    path = check_target(target)
+    partial = path.with_name(path.name + ".partial")
     shards = plan_shards(plan, shard_bytes)
     state = {"identity": identity, "shards": [shard.name for shard in shards]}
     try:
@@ -368,7 +419,7 @@ def write_folder(
         for name, content in files.items():
             write_durably(partial / name, content)
         write_index(partial, shards)
-        _finish(partial, target, shards, files)
+        _finish(partial, path, shards, files)
     except OSError as error:
         raise RunError(f"{partial} cannot be written: {error.strerror or error}") from error
 
@@ -376,21 +427,33 @@ def write_folder(
 def _begin(partial: Path, state: dict[str, Any]) -> None:
     """Makes the folder in which the work is done, or finds what is left of it."""
     path = partial / STATE_FILE
-    if partial.exists():
-        try:
-            there = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            raise InputError(f"{partial} exists and is no unfinished export; remove it") from None
-        if there == state and state["identity"] is not None:
-            return
-        if there.get("identity") is not None:
-            raise InputError(
-                f"{partial} is an unfinished export of something else; remove it, or finish it "
-                "with the same source and options"
-            )
+    if os.path.lexists(partial):
+        found = {file.name for file in partial.iterdir()} if partial.is_dir() else {""}
+        # Ended before it had said whose it is: nothing is there but a file on its way.
+        begun = all(name.startswith(f".{STATE_FILE}.") for name in found)
+        there = None if begun else _state(path)
+        if there is None and not begun:
+            raise InputError(f"{partial} exists and is no unfinished export; remove it")
+        if there is not None:
+            if there == state and state["identity"] is not None:
+                return
+            if there.get("identity") is not None:
+                raise InputError(
+                    f"{partial} is an unfinished export of something else; remove it, or finish "
+                    "it with the same source and options"
+                )
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     write_durably(path, json.dumps(state).encode())
+
+
+def _state(path: Path) -> dict[str, Any] | None:
+    """What an unfinished export says of itself, or None."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _finish(partial: Path, target: Path, shards: list[Shard], files: Mapping[str, bytes]) -> None:

@@ -37,7 +37,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dsjax.durable import write_durably
-from dsjax.errors import InputError
+from dsjax.errors import InputError, RunError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -441,6 +441,25 @@ def _parse(text: bytes, path: Path) -> Any:
         raise InputError(f"the JSON of {str(path)!r} is nested too deep") from error
 
 
+def read_small(folder: str | os.PathLike, name: str, most_bytes: int) -> bytes | None:
+    """A small file of a folder, by the rules of its tensors' files; None if it is not there.
+
+    Raises:
+        InputError: if it is larger, leads out of the folder, is no regular file or unreadable.
+    """
+    path = Path(folder, name)
+    if not os.path.lexists(path):
+        return None
+    try:
+        root = Path(os.path.realpath(folder, strict=True))
+    except OSError as error:
+        raise _unreadable(Path(folder), error) from error
+    with _regular_file(path, _real_path(path, root)) as (file, status):
+        if status.st_size > most_bytes:
+            raise InputError(f"{str(path)!r} is larger than {most_bytes:,} bytes")
+        return _read(path, file, status.st_size, 0)
+
+
 def _real_path(path: Path, root: Path) -> str:
     """Where a file of the folder really lies.
 
@@ -713,4 +732,4 @@ def _writing(path: Path) -> Iterator[None]:
         reason = error.strerror or error
         if error.errno == errno.ENOENT:
             reason = f"{reason}; does another process write there?"
-        raise InputError(f"cannot write {str(path)!r}: {reason}") from error
+        raise RunError(f"cannot write {str(path)!r}: {reason}") from error

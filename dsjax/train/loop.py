@@ -22,7 +22,7 @@ from dsjax.data.corpus import Corpus, find_tokenizer, open_corpus
 from dsjax.errors import InputError, RunError
 from dsjax.interop.hf_config import computes_alike
 from dsjax.interop.load import load
-from dsjax.interop.published import Published, is_published
+from dsjax.interop.published import Published, fingerprint, is_published
 from dsjax.interop.tokenizer import Tokenizer
 from dsjax.model.transformer import merge
 from dsjax.overrides import first_difference, to_json
@@ -115,8 +115,8 @@ def pretrain(
         tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer"))
     else:  # before anything is written: is what the run begins with good?
         if run.init is not None:
-            weights, step = _read_init(run.init, None, plan[0].config, config.model)
-            run = dataclasses.replace(run, init=f"{run.init}@{step}")
+            weights, mark = _read_init(run.init, None, plan[0].config, config.model)
+            run = dataclasses.replace(run, init=f"{run.init}@{mark}")
         tokenizer = _first_tokenizer(config, init)
         corpus = _open(plan, 0, tokenizer, seed)
     with contextlib.ExitStack() as stack:
@@ -369,7 +369,14 @@ def _recorded_init(workdir: str | os.PathLike, init: str | os.PathLike | None) -
 
 def _first_tokenizer(config: Config, init: str | os.PathLike | None) -> Tokenizer:
     if init is not None:
-        return Tokenizer.load(init if is_published(init) else os.path.join(init, "tokenizer"))
+        folder = init if is_published(init) else os.path.join(init, "tokenizer")
+        tokenizer, vocab_size = Tokenizer.load(folder), config.model.vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise InputError(
+                f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, more than "
+                f"model.vocab_size {vocab_size}"
+            )
+        return tokenizer
     return find_tokenizer(config.data, config.model.vocab_size)
 
 
@@ -387,13 +394,14 @@ def _open(plan: tuple[Stage, ...], number: int, tokenizer: Tokenizer, seed: int)
 
 
 def _read_init(
-    folder: str, step: int | None, config: Config, model: ModelConfig
-) -> tuple[dict[str, Any], int]:
-    """The weights that a run begins with, and their step; a published model's is 0.
+    folder: str, mark: str | None, config: Config, model: ModelConfig
+) -> tuple[dict[str, Any], str]:
+    """The weights that a run begins with, and which they are.
 
     Args:
         folder: of a run, or a published one.
-        step: which; None takes the newest.
+        mark: which they were: the step of a run, or the fingerprint of a published folder. None
+            takes the newest, or the folder as it is.
         config: of the first stage.
         model: of the whole run, which a published folder must describe.
     """
@@ -403,18 +411,25 @@ def _read_init(
             if not computes_alike(there, here):
                 difference = first_difference(to_json(there), to_json(here), "model")
                 raise InputError(f"{folder} is of another model; {difference}")
-            loaded = load(published.folder, config, resident=False, rules=AxisRules())
-        return {"params": loaded.params, "bias": loaded.bias}, 0
+            here_mark = f"sha256-{fingerprint(published.identity())[:16]}"
+            if mark is not None and mark != here_mark:
+                raise InputError(f"{folder} has changed since the run began with it")
+            loaded = load(published.folder, config, rules=AxisRules())
+        return {"params": loaded.params, "bias": loaded.bias}, here_mark
+    if mark is not None and not mark.isdecimal():
+        raise InputError(f"{folder}, the published folder that the run began with, is gone")
     like = abstract_state(config, AxisRules())
-    return read_params(folder, {"params": like.params, "bias": like.bias}, step)
+    step = None if mark is None else int(mark)
+    weights, step = read_params(folder, {"params": like.params, "bias": like.bias}, step)
+    return weights, str(step)
 
 
 def _first_state(run: Run, config: Config, weights: dict[str, Any] | None) -> TrainState:
     if run.init is None:
         return create(config, jax.random.key(run.seed), AxisRules())
     if weights is None:  # the run was ended before its first checkpoint
-        folder, _, step = run.init.rpartition("@")
-        weights, _ = _read_init(folder, int(step), config, run.config.model)
+        folder, _, mark = run.init.rpartition("@")
+        weights, _ = _read_init(folder, mark, config, run.config.model)
     _, optimizer = blueprint(config, AxisRules())
     opt = jax.jit(optimizer.init)(weights["params"])
     return fresh_state(config, weights["params"], weights["bias"], opt)
