@@ -30,6 +30,7 @@ from dsjax.interop.hf_config import CONFIG_FILE as HUGGING_FACE_FILE
 from dsjax.interop.hf_config import exported_config
 from dsjax.interop.load import load
 from dsjax.interop.published import (
+    GENERATION_BYTES,
     GENERATION_FILE,
     Published,
     as_json,
@@ -39,6 +40,7 @@ from dsjax.interop.published import (
     keeps_types,
     scale_format_of,
 )
+from dsjax.interop.tensor_files import read_small
 from dsjax.interop.tokenizer import Tokenizer
 from dsjax.model.transformer import build, merge, split
 from dsjax.overrides import override
@@ -61,14 +63,12 @@ class Origin:
         dtype: "fp8", "bfloat16" or "float32".
         types: the type of each tensor, as safetensors names it.
         scales: of FP8 weights that were made float32.
-        files: small files that are handed on, by name.
     """
 
     content: Mapping[str, Any]
     dtype: save.Dtype
     types: Mapping[str, str]
     scales: Mapping[str, np.ndarray]
-    files: Mapping[str, bytes]
 
 
 class LanguageModel:
@@ -81,6 +81,8 @@ class LanguageModel:
         bias: {stack: [L, E]} balancing biases.
         tokenizer: None for a model that was never given one.
         origin: the published checkpoint that it was read from, or None.
+        generation: content of a published `generation_config.json`, also of one that a run began
+            with, or None.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class LanguageModel:
         bias: dict[str, Any],
         tokenizer: Tokenizer | None,
         origin: Origin | None = None,
+        generation: bytes | None = None,
     ):
         self.config = config
         self.graphdef = graphdef
@@ -98,6 +101,7 @@ class LanguageModel:
         self.bias = bias
         self.tokenizer = tokenizer
         self.origin = origin
+        self.generation = generation
         self._chat: ChatTemplate | None = None
         self._logits = jax.jit(lambda params, bias, tokens: _logits(graphdef, params, bias, tokens))
 
@@ -221,9 +225,9 @@ class LanguageModel:
         Llama-3's chat models end their turn with another token than their text.
         """
         found = [] if self.tokenizer is None else [self.tokenizer.eos_id]
-        if self.origin is not None and GENERATION_FILE in self.origin.files:
+        if self.generation is not None:
             try:
-                ends = json.loads(self.origin.files[GENERATION_FILE]).get("eos_token_id")
+                ends = json.loads(self.generation).get("eos_token_id")
             except (ValueError, AttributeError, RecursionError) as error:
                 raise InputError(f"{GENERATION_FILE} is malformed: {error}") from error
             ends = ends if isinstance(ends, list) else [ends]
@@ -283,7 +287,13 @@ class LanguageModel:
         model = jax.eval_shape(build(self.config, rules), jax.random.key(0))
         graphdef, _, _ = split(model)
         return LanguageModel(
-            self.config, graphdef, self.params, self.bias, self.tokenizer, self.origin
+            self.config,
+            graphdef,
+            self.params,
+            self.bias,
+            self.tokenizer,
+            self.origin,
+            self.generation,
         )
 
     def save_pretrained(
@@ -348,7 +358,7 @@ class LanguageModel:
         config = exported_config(
             model, written, chosen, content or None, as_stored=same and asked is None
         )
-        files = {} if origin is None else dict(origin.files)
+        files = {} if self.generation is None else {GENERATION_FILE: self.generation}
         if self.tokenizer is not None:
             config = _token_ids(self.tokenizer) | config
             files |= _tokenizer_files(self.tokenizer)
@@ -478,7 +488,9 @@ def _load_run(
         config = override(config, f"precision.compute_dtype={dtype}")
         params, bias = prepare(params, bias, jnp.dtype(dtype))
     graphdef, _, _ = split(jax.eval_shape(build(config, rules), jax.random.key(0)))
-    return LanguageModel(config, graphdef, params, bias, Tokenizer.load(folder / "tokenizer"))
+    words = folder / "tokenizer"
+    generation = read_small(words, GENERATION_FILE, GENERATION_BYTES)
+    return LanguageModel(config, graphdef, params, bias, Tokenizer.load(words), None, generation)
 
 
 def _load_published(
@@ -514,10 +526,12 @@ def _load_published(
             published.dtype,
             published.types,
             loaded.scales,
-            {name: content for name, content in files.items() if name == GENERATION_FILE},
         )
     graphdef, _, _ = split(jax.eval_shape(build(config, rules), jax.random.key(0)))
-    return LanguageModel(config, graphdef, loaded.params, loaded.bias, tokenizer, origin)
+    generation = files.get(GENERATION_FILE)
+    return LanguageModel(
+        config, graphdef, loaded.params, loaded.bias, tokenizer, origin, generation
+    )
 
 
 def _config_of(published: Published, dtype: str) -> Config:

@@ -77,7 +77,7 @@ def refused(place, capsys):
 CONFIGURATION = [
     (["--preset=nan"], "unknown preset 'nan'; did you mean 'nano'?"),
     (["--preset=deepseek"], "unknown preset 'deepseek'; did you mean 'deepseek_v"),
-    (["--preset="], "unknown preset ''; known: deepseek_v2, "),
+    (["--preset="], "unknown preset ''; known: deepseek_coder_6_7b, "),
     (["--set", "train.batch_sise=4"], "unknown key 'train.batch_sise'; did you mean 'batch_size'?"),
     (["--set", "trian.batch_size=4"], "unknown key 'trian'; did you mean 'train'?"),
     (["--set", "train.batch_size"], "'train.batch_size' is not of the form path=value"),
@@ -195,7 +195,7 @@ def test_pretrain_refuses_a_workdir_that_cannot_be_written(refused, place):
         "/proc/self/new/a": "workdir /proc/self/new/a cannot be written: ",
         "x" * 300: "cannot be written: File name too long",
         "a\0b": "workdir 'a\\x00b' is no path",
-        "file/two  spaces\nand lines": "workdir file/two  spaces and lines: file is not a folder",
+        "file/two  spaces\nand lines": "workdir file/two  spaces\\nand lines: file is not a folder",
         "  ": "workdir '  ' is no path",
     }
     for workdir, message in expected.items():
@@ -461,10 +461,10 @@ def test_generate_needs_a_run_and_a_prompt(nano_run, refused, place):
         (): "--workdir is needed",
         ("--workdir=", "--prompt=a"): "--workdir is needed",
         (f"--workdir={nano_run.workdir}",): "--prompt is needed",
-        ("--workdir=none", "--prompt=a"): f"none {neither}",
+        ("--workdir=none", "--prompt=a"): "there is no folder none",
         ("--workdir=empty", "--prompt=a"): f"empty {neither}",
-        ("--workdir=file", "--prompt=a"): f"file {neither}",
-        ("--workdir=published", "--prompt=a"): "published is a Hugging Face folder",
+        ("--workdir=file", "--prompt=a"): "there is no folder file",
+        ("--workdir=published", "--prompt=a"): "published/config.json: model_type is None",
     }
     for arguments, message in expected.items():
         assert message in refused(generate.main, *arguments)
@@ -573,7 +573,7 @@ def test_dsjax_runs_our_scripts_from_a_folder_with_others(decoy, monkeypatch, ca
     out, err = capsys.readouterr()
     assert (out, err) == (
         "",
-        "dsjax generate: none holds neither dsjax.json (a run) nor config.json\n",
+        "dsjax generate: there is no folder none; nothing is downloaded here\n",
     )
 
 

@@ -638,7 +638,7 @@ def test_cuts_depend_on_the_text_alone_and_lie_everywhere():
 
 def test_rate_zero_changes_nothing_and_marks_are_needed(tokenizer):
     assert fim.encode_documents(tokenizer, ["the cat"], 0.0) == [tokenizer.encode("the cat")]
-    tokenizer_json, special_ids = tokenizer.__reduce__()[1]
+    tokenizer_json, special_ids, *_ = tokenizer.__reduce__()[1]
     bare = Tokenizer(tokenizer_json.replace("fim▁", "other▁"), special_ids)
     assert bare.fim is None
     for use in (

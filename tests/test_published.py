@@ -949,6 +949,7 @@ def test_a_run_is_exported_with_its_tokenizer(nano_run, tmp_path, capsys):
 def test_training_begins_with_published_weights(nano_run, tmp_path, monkeypatch, capsys):
     source, workdir = tmp_path / "published", tmp_path / "tuned"
     dsjax.load_pretrained(nano_run.workdir).save_pretrained(source, dtype="float32")
+    (source / "generation_config.json").write_bytes(b'{"eos_token_id": [9]}')
     monkeypatch.setattr(pretrain_script.command, "keep_freed_memory", lambda: False)
     monkeypatch.setattr(pretrain_script.command, "keep_compiled", lambda folder: None)
     arguments = [
@@ -963,6 +964,7 @@ def test_training_begins_with_published_weights(nano_run, tmp_path, monkeypatch,
         assert np.abs(np.asarray(bias)).max() > 2e-3
         assert np.abs(np.asarray(tuned.bias[stack] - bias)).max() < 1.5e-3
     assert tuned.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert tuned.stop_ids == first.stop_ids == (first.tokenizer.eos_id, 9)
     shutil.move(source, tmp_path / "elsewhere")  # it is not needed any more
     assert pretrain_script.main(["pretrain", *arguments]) == 0
     shutil.move(tmp_path / "elsewhere", source)

@@ -20,7 +20,7 @@ from dsjax.interop.hf_config import CONFIG_FILE, exported_config, model_config, 
 from dsjax.interop.load import check_tensors, present
 from dsjax.interop.tensor_files import TensorFolder, TensorSpec, read_small
 
-GENERATION_FILE = "generation_config.json"
+GENERATION_FILE, GENERATION_BYTES = "generation_config.json", 1_000_000
 # Handed on as they are: how text becomes tokens and a conversation text, and how to sample.
 PASSED_ON = (
     "tokenizer.json",

@@ -10,6 +10,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,10 +21,18 @@ from tqdm import tqdm
 from dsjax.checkpoint import Checkpoints, Restored, read_params
 from dsjax.config import Config, ModelConfig
 from dsjax.data.corpus import Corpus, find_tokenizer, open_corpus
+from dsjax.durable import write_durably
 from dsjax.errors import InputError, RunError
 from dsjax.interop.hf_config import computes_alike
 from dsjax.interop.load import load
-from dsjax.interop.published import Published, fingerprint, is_published
+from dsjax.interop.published import (
+    GENERATION_BYTES,
+    GENERATION_FILE,
+    Published,
+    fingerprint,
+    is_published,
+)
+from dsjax.interop.tensor_files import read_small
 from dsjax.interop.tokenizer import Tokenizer
 from dsjax.model.transformer import merge
 from dsjax.overrides import first_difference, to_json
@@ -123,7 +133,7 @@ def pretrain(
         stack.enter_context(WorkdirLock(workdir))
         stop = stack.enter_context(StopRequest())
         if not known:
-            prepare_workdir(workdir, run, tokenizer.save)
+            prepare_workdir(workdir, run, _saving(tokenizer, init))
         checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints, tell=_tell)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore_newest(_as_dict(abstract_state(config, AxisRules())))
@@ -378,6 +388,22 @@ def _first_tokenizer(config: Config, init: str | os.PathLike | None) -> Tokenize
             )
         return tokenizer
     return find_tokenizer(config.data, config.model.vocab_size)
+
+
+def _saving(
+    tokenizer: Tokenizer, init: str | os.PathLike | None
+) -> Callable[[str | os.PathLike], None]:
+    """Writes the tokenizer, and beside it how the model that a run begins with ends a turn."""
+
+    def save(folder: str | os.PathLike) -> None:
+        tokenizer.save(folder)
+        if init is not None:
+            there = init if is_published(init) else os.path.join(init, "tokenizer")
+            content = read_small(there, GENERATION_FILE, GENERATION_BYTES)
+            if content is not None:
+                write_durably(Path(folder, GENERATION_FILE), content)
+
+    return save
 
 
 def _open(plan: tuple[Stage, ...], number: int, tokenizer: Tokenizer, seed: int) -> Corpus:
