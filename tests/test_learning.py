@@ -32,7 +32,7 @@ def bytes_of(documents):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_tiny_passes_the_bar_and_beats_a_trigram_model(tmp_path):
     """What `make train` does, but shorter, in a process of its own with optimised code."""

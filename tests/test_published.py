@@ -983,9 +983,9 @@ def test_smollm2_talks(tmp_path, capsys):
     answer = lm.chat([{"role": "user", "content": "What is 2+3?"}], temperature=0.0, max_tokens=16)
     assert answer == "2 + 3 = 5"
     golden = json.loads((FOLDER / "smollm2.json").read_text())["prompts"]
-    for case in golden.values():
-        result = lm.generate_tokens([case["ids"]], max_tokens=16, stop_ids=())
-        assert result.tokens_BG[0].tolist() == case["new_ids"]
+    cases = list(golden.values())
+    result = lm.generate_tokens([case["ids"] for case in cases], max_tokens=16, stop_ids=())
+    assert result.tokens_BG.tolist() == [case["new_ids"] for case in cases]
 
 
 # ------------------------------------------------------------------------------------ bad folders

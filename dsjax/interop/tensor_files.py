@@ -42,6 +42,8 @@ from dsjax.errors import InputError, RunError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_FAULT_BYTES = 2**16  # Linux's fault_around_bytes
+
 # In the Rust library's order, by which it lays tensors out: the last one first, so that every
 # tensor begins at a multiple of its element's size. Its types of 4 and 6 bits have no place here.
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
@@ -231,9 +233,11 @@ class TensorFolder:
         with self._lock:
             mapping = self._maps.get(info.file)
         if mapping is not None and hasattr(mapping, "madvise"):
-            first = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-            if info.stop > info.start:
-                mapping.madvise(mmap.MADV_DONTNEED, first, info.stop - first)
+            # A fault maps the pages around it, too: those of the neighbours go with them.
+            first = max(0, info.start - _FAULT_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
+            last = min(info.stop + _FAULT_BYTES, len(mapping))
+            if last > first:
+                mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _map(self, path: Path) -> mmap.mmap:
         with self._lock:
