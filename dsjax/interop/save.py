@@ -23,11 +23,8 @@ from jaxtyping import Shaped
 from dsjax.config import ModelConfig
 from dsjax.durable import write_durably
 from dsjax.errors import InputError, RunError
-from dsjax.interop import fp8, hf
+from dsjax.interop import fp8, hf, tensor_files
 from dsjax.interop.load import PIECE_BYTES
-from dsjax.interop.tensor_files import (
-    DTYPES as TENSOR_DTYPES,
-)
 from dsjax.interop.tensor_files import (
     INDEX_FILE,
     Shard,
@@ -271,7 +268,9 @@ class Export:
         """
         base = name.removesuffix(hf.SCALE_SUFFIX)
         if name not in self._entries:
-            yield self._scale(self._entries[base]).astype(TENSOR_DTYPES[self.plan[name].dtype])
+            yield self._scale(self._entries[base]).astype(
+                tensor_files.DTYPES[self.plan[name].dtype]
+            )
             return
         entry, target = self._entries[name], self.plan[name].dtype
         scale = self._scale(entry) if "F8_E4M3" in (target, self.source.kept_as(name)) else None
@@ -325,7 +324,7 @@ class Export:
                 "rounding the weights again (requantize)"
             )
         else:
-            target = TENSOR_DTYPES[self.plan[entry.name + hf.SCALE_SUFFIX].dtype]
+            target = tensor_files.DTYPES[self.plan[entry.name + hf.SCALE_SUFFIX].dtype]
             scale = fp8.at_least(self._fresh_scale(entry, stored), target)
         self._last_scale = entry.name, scale
         return scale
