@@ -258,7 +258,8 @@ class Export:
         self.source, self.plan = source, plan
         self._format, self._asked, self._requantize = scale_format, asked, requantize
         self._entries = {entry.name: entry for entry in hf.entries(model)}
-        self._last_scale: tuple[str, np.ndarray] | None = None
+        # A file holds its scales before its weights: each is kept until its weight is written.
+        self._scales: dict[str, np.ndarray] = {}
 
     def pieces(self, name: str) -> Iterator[Shaped[np.ndarray, "..."]]:
         """Of a tensor of the plan, in the order of its rows.
@@ -279,6 +280,7 @@ class Export:
             if not same:
                 x = self._converted(entry, x, first, scale, target)
             yield np.asarray(x)
+        self._scales.pop(name, None)
 
     def _converted(self, entry, x, first, scale, target):
         if scale is not None:
@@ -310,8 +312,8 @@ class Export:
 
     def _scale(self, entry: hf.Entry) -> np.ndarray:
         """The scales that a tensor is, or will be, written under; float32."""
-        if self._last_scale is not None and self._last_scale[0] == entry.name:
-            return self._last_scale[1]
+        if entry.name in self._scales:
+            return self._scales[entry.name]
         stored = self.source.scale(entry.name)
         if stored is not None:
             stored = fp8.check_scale(stored, entry.name)
@@ -326,7 +328,7 @@ class Export:
         else:
             target = tensor_files.DTYPES[self.plan[entry.name + hf.SCALE_SUFFIX].dtype]
             scale = fp8.at_least(self._fresh_scale(entry, stored), target)
-        self._last_scale = entry.name, scale
+        self._scales[entry.name] = scale
         return scale
 
     def _fresh_scale(self, entry: hf.Entry, stored: np.ndarray | None) -> np.ndarray:
