@@ -549,6 +549,45 @@ class PrecisionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Over how many devices a run is spread, and how; it may go on over others.
+
+    A run's numbers are the same on every mesh, up to the order of float32 sums.
+    """
+
+    rules: Literal["single", "fsdp", "fsdp_ep", "fsdp_ep_tp", "decode"] = "single"
+    data: int = 1  # devices along each axis (`sharding.mesh`)
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+    stage: int = 1
+    # How tokens reach experts on other devices (`sharding.rules.Exchange`).
+    exchange: Literal["auto", "dense", "ragged"] = "auto"
+    buffer_factor: float | None = None
+    wire: Literal["full", "bfloat16"] = "full"
+
+    def __post_init__(self):
+        _positive(self, "data", "fsdp", "expert", "tensor", "context", "stage")
+        _require(
+            self.buffer_factor is None
+            or (math.isfinite(self.buffer_factor) and self.buffer_factor > 0),
+            f"MeshConfig.buffer_factor is {self.buffer_factor}; it must be positive",
+        )
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Devices along each axis, by its name."""
+        names = ("data", "fsdp", "expert", "tensor", "context", "stage")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all."""
+        return math.prod(self.axes.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run's numbers, save the seed."""
 
@@ -556,6 +595,7 @@ class Config:
     train: TrainConfig
     data: DataConfig = DataConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    mesh: MeshConfig = free(MeshConfig())
 
     def __post_init__(self):
         _require(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
@@ -42,14 +42,17 @@ from dsjax.interop.published import (
 )
 from dsjax.interop.tensor_files import read_small
 from dsjax.interop.tokenizer import Tokenizer
+from dsjax.meshes import mesh_of, move, placed
 from dsjax.model.transformer import build, merge, split
 from dsjax.overrides import override
 from dsjax.precision import Quantized
 from dsjax.presets import preset
 from dsjax.train.stages import stage_of
 from dsjax.workdir import CONFIG_FILE, read_run
+from sharding import island
 from sharding.init import init as init_sharded
 from sharding.rules import AxisRules
+from sharding.spread import Spread
 
 LARGE_BYTES = 2**26  # from here on a progress bar is shown
 
@@ -103,6 +106,12 @@ class LanguageModel:
         self.origin = origin
         self.generation = generation
         self._chat: ChatTemplate | None = None
+        rules = merge(graphdef, params, bias).rules
+        if rules.of("seq"):  # training cuts rows over devices; scoring and generation do not
+            rules = dataclasses.replace(rules, seq=None)
+            model = jax.eval_shape(build(config, rules), jax.random.key(0))
+            graphdef, _, _ = split(model)
+        self._spread, self._by_row = Spread(mesh_of(params), rules), graphdef
         self._logits = jax.jit(lambda params, bias, tokens: _logits(graphdef, params, bias, tokens))
 
     def __repr__(self) -> str:
@@ -128,7 +137,13 @@ class LanguageModel:
         if ids.ndim not in (1, 2) or ids.size == 0:
             raise InputError(f"tokens must be of shape [T] or [B, T], not {list(ids.shape)}")
         self._check(ids, ids.shape[-1])
-        result = self._logits(self.params, self.bias, np.atleast_2d(ids).astype(np.int32))
+        rows, spread = np.atleast_2d(ids).astype(np.int32), self._spread
+        filled = np.pad(rows, ((0, -len(rows) % spread.row_devices()), (0, 0)), mode="edge")
+        with spread.mesh_set():
+            placed = spread({"tokens_BT": filled}, len(filled), whole=True)
+            result = self._logits(self.params, self.bias, placed["tokens_BT"])
+        if spread.mesh is not None:  # as of one device, for a person to compute with
+            result = jnp.asarray(np.asarray(result))[: len(rows)]
         return result[0] if ids.ndim == 1 else result
 
     def generate(
@@ -271,7 +286,7 @@ class LanguageModel:
             stop_ids = self.stop_ids
         vocab_size = self.config.model.vocab_size
         return generate(
-            self.graphdef,
+            self._by_row,
             self.params,
             self.bias,
             [list(map(int, prompt)) for prompt in prompts],
@@ -282,15 +297,25 @@ class LanguageModel:
             seed=seed,
         )
 
-    def with_rules(self, rules: AxisRules) -> "LanguageModel":
-        """The same arrays under another blueprint, whose activations follow `rules`."""
+    def with_rules(self, rules: AxisRules, mesh: Mesh | None = None) -> "LanguageModel":
+        """The same model laid out by other rules: each array is moved where they put it.
+
+        Args:
+            rules: where each logical axis goes.
+            mesh: on which; None keeps the mesh that the weights lie on, if any.
+
+        Raises:
+            InputError: if a weight's dimension does not divide, naming it and the devices.
+        """
+        mesh = mesh or mesh_of(self.params)
         model = jax.eval_shape(build(self.config, rules), jax.random.key(0))
         graphdef, _, _ = split(model)
+        params, bias = move(self.params, self.bias, self.config, rules, mesh)
         return LanguageModel(
             self.config,
             graphdef,
-            self.params,
-            self.bias,
+            params,
+            bias,
             self.tokenizer,
             self.origin,
             self.generation,
@@ -391,11 +416,15 @@ def _check_seed(seed: int) -> None:
 
 
 def _logits(graphdef, params, bias, tokens_BT):
-    model = merge(graphdef, params, bias)
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    segments_BT = jnp.ones_like(tokens_BT)
-    output = model(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
-    return model.logits(output.hidden_BTD)
+    def local(params, bias, tokens_BT):
+        model = merge(graphdef, params, bias)
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        segments_BT = jnp.ones_like(tokens_BT)
+        output = model(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
+        return model.logits(output.hidden_BTD)
+
+    by_row = PartitionSpec(merge(graphdef, params, bias).rules.of("batch") or None)
+    return island.run(local, by_row, params, bias, tokens_BT)
 
 
 def init(config: str | Config, seed: int = 0) -> LanguageModel:
@@ -440,8 +469,8 @@ def load_pretrained(
             as they are; None takes that of the files.
         ema: the moving average of a run's weights in their stead.
         overrides: `path=value` overrides of the configuration.
-        mesh: devices for a published model; None takes the first device.
-        rules: where each logical axis goes on the mesh.
+        mesh: devices (`sharding.mesh.make_mesh`); None takes the first one.
+        rules: where each logical axis goes on the mesh (`sharding.rules.PRESETS`).
         ignore: unknown fields of `config.json` that change nothing.
 
     Raises:
@@ -451,9 +480,9 @@ def load_pretrained(
     folder = Path(path)
     rules = rules or AxisRules()
     if (folder / CONFIG_FILE).is_file():
-        if mesh is not None or ignore:
-            raise InputError(f"{folder} is a run; `mesh` and `ignore` are for published folders")
-        return _load_run(folder, step, dtype, ema, overrides, rules)
+        if ignore:
+            raise InputError(f"{folder} is a run; `ignore` is for published folders")
+        return _load_run(folder, step, dtype, ema, overrides, mesh, rules)
     if (folder / HUGGING_FACE_FILE).is_file():
         if step is not None or ema:
             raise InputError(f"{folder} is a published folder; it has no steps and no average")
@@ -469,14 +498,18 @@ def _load_run(
     dtype: str | None,
     ema: bool,
     overrides: Sequence[str],
+    mesh: Mesh | None,
     rules: AxisRules,
 ) -> LanguageModel:
     config = override(read_run(folder).config, *overrides)
     if ema and config.train.ema_decay is None:
         raise InputError(f"{folder} keeps no average of the weights (train.ema_decay is null)")
     _, params, bias = split(jax.eval_shape(build(config), jax.random.key(0)))
+    params, bias = placed(params, bias, config, rules, mesh)
     if ema:
-        average = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params)
+        average = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), params
+        )
         state, step = read_params(folder, {"extra": {"ema": average}, "bias": bias}, step)
         params, bias = state["extra"]["ema"], state["bias"]
     else:

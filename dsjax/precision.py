@@ -97,7 +97,6 @@ class Precision:
         spec: str,
         *,
         role: Role = "linear",
-        out_sharding: jax.sharding.PartitionSpec | None = None,
     ) -> Float[Array, "..."]:
         """Contracts activations with a weight.
 
@@ -108,7 +107,6 @@ class Precision:
             role: `linear` runs in `compute_dtype`; `head` too, but returns float32; `router` runs
                 and returns float32. A low-precision recipe leaves the last two alone (V3 report,
                 section 3.3).
-            out_sharding: needed on an explicit mesh where the contracted dimension is sharded.
 
         Returns:
             The contraction, in `compute_dtype` for `linear` and in float32 for the other roles.
@@ -120,7 +118,6 @@ class Precision:
             x.astype(dtype),
             self.dense(w, dtype),
             preferred_element_type=out_dtype,
-            out_sharding=out_sharding,
         )
 
     def grouped_linear(

@@ -16,17 +16,18 @@ from absl import flags
 
 from dsjax import load_pretrained
 from dsjax.config import Config
-from dsjax.errors import InputError
+from dsjax.errors import InputError, RunError
 from dsjax.interop.published import Published, is_published
 from dsjax.overrides import override
 from dsjax.plan.count import parameter_counts
 from dsjax.presets import preset
 from dsjax.train.clock import process_age_s
-from dsjax.train.loop import pretrain
+from dsjax.train.loop import PretrainResult, pretrain
 from dsjax.train.pictures import check_picture, plot_schedule
 from dsjax.train.recipe import describe, schedule_rows
 from dsjax.workdir import COMPILED, CONFIG_FILE, read_run
 from experiments import command
+from sharding.distributed import start
 
 FLAGS = command.define_flags(default_preset="tiny", default_workdir=None)
 flags.DEFINE_integer(
@@ -39,6 +40,15 @@ flags.DEFINE_string(
     "then takes the place of the preset's.",
     flag_values=FLAGS,
 )
+flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of process 0, where several processes are one run; auto: SLURM, Kubernetes or a TPU "
+    "pod says who they are. Each process gives the same flags but --process_id.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("process_id", None, "This process's number, from 0.", flag_values=FLAGS)
+flags.DEFINE_integer("num_processes", None, "How many there are.", flag_values=FLAGS)
 flags.DEFINE_bool("dry_run", False, "Prints the schedule and trains nothing.", flag_values=FLAGS)
 flags.DEFINE_string("picture", None, "Where --dry_run draws the schedule.", flag_values=FLAGS)
 flags.DEFINE_multi_string(
@@ -64,9 +74,28 @@ def _body(values: flags.FlagValues) -> None:
         if not prompt or prompt.encode(errors="ignore").decode() != prompt:
             raise InputError(f"--sample={prompt!r} is no text to continue")
     command.keep_compiled(os.path.join(values.workdir, COMPILED))
-    result = pretrain(
-        config, values.workdir, seed=values.seed, init=values.init, age_s=process_age_s()
+    several = start(
+        values.coordinator,
+        values.process_id,
+        values.num_processes,
+        refusal=InputError,
+        loss=RunError,
     )
+    with several as processes:
+        result = pretrain(
+            config,
+            values.workdir,
+            seed=values.seed,
+            init=values.init,
+            age_s=process_age_s(),
+            processes=processes,
+        )
+    if processes.index == 0:
+        _report(values, config, result)
+
+
+def _report(values: flags.FlagValues, config: Config, result: PretrainResult) -> None:
+    """Prints how the run went, and some text that it can write by now."""
     if result.before is None or result.after is None:
         print(f"stopped by {result.stopped_by} at step {result.step}; the same command goes on")
         return

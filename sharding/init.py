@@ -3,13 +3,14 @@
 The only file of this room that reads Flax: a variable's logical axes are in its metadata.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Key, PRNGKeyArray
 
+from sharding.island import mesh_sizes
 from sharding.rules import AxisRules
 
 
@@ -27,6 +28,28 @@ def stack[M: nnx.Module](make: Callable[[jax.Array], M], keys: Key[Array, " L"])
     return module
 
 
+def specs(module: Any, rules: AxisRules, sizes: Mapping[str, int] | None = None) -> Any:
+    """How each variable of a module, or of a tree of variables, lies on a mesh.
+
+    Args:
+        module: with variables, or their shapes, that name their logical axes.
+        rules: where those go.
+        sizes: devices along each mesh axis; None takes those of the mesh that is set.
+
+    Returns:
+        PartitionSpecs, in the place of the variables.
+
+    Raises:
+        LayoutError: for a dimension that does not divide, naming the variable's logical axes.
+    """
+    sizes = mesh_sizes() if sizes is None else sizes
+
+    def spec(variable):
+        return rules.spec(variable.get_metadata()["axes"], variable.shape, sizes)
+
+    return jax.tree.map(spec, module, is_leaf=is_variable)
+
+
 def init[M: nnx.Module](make: Callable[[jax.Array], M], key: PRNGKeyArray, rules: AxisRules) -> M:
     """Builds a module with every array sharded by its logical axes from the start."""
     return program(make, key, rules)(key)
@@ -41,10 +64,5 @@ def program(make: Callable, key: PRNGKeyArray, rules: AxisRules) -> jax.stages.W
     # It runs once: on CPU, compiling it unoptimised takes a third of the time in all.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     if not jax.sharding.get_abstract_mesh().empty:
-        specs = jax.tree.map(
-            lambda variable: rules(*variable.get_metadata()["axes"]),
-            jax.eval_shape(make, key),
-            is_leaf=is_variable,
-        )
-        make = jax.sharding.auto_axes(make, out_sharding=specs)
+        make = jax.sharding.auto_axes(make, out_sharding=specs(jax.eval_shape(make, key), rules))
     return jax.jit(make, compiler_options=options)

@@ -258,7 +258,7 @@ def test_another_mesh(tmp_path, kind):
     with opened(tmp_path) as checkpoints:
         save(checkpoints, 1, jax.device_put(state, laid_out(state, (1, 8))))
         checkpoints.wait()
-        for mesh_shape in [(2, 4), None]:
+        for mesh_shape in [(2, 4), (8, 1), None]:
             like = shapes(state)
             if mesh_shape is not None:
                 like = jax.tree.map(

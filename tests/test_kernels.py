@@ -158,22 +158,149 @@ def test_mla_attention_gradients(shape, block):
         assert_near(got, wanted)
 
 
-def test_mla_attention_memory_is_linear():
-    """No [T, T] array, forward or backward: temporaries grow with T, not with its square."""
+def value_and_gradients(attend):
+    """Outputs, and gradients of q, k, v for a loss that rows add to: compiled, `rest` as it is."""
+
+    @jax.jit
+    def of(q, k, v, real, *rest):
+        def loss(q, k, v):
+            out = attend(q, k, v, *rest)
+            return jnp.sum(jnp.where(real[..., None, None], jnp.sin(out), 0)), out
+
+        gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return out, *gradients
+
+    return of
+
+
+PARTED = (  # what is cut, and into how many
+    (attention_shapes.SHAPES[0], 2),  # one document over the border
+    (attention_shapes.SHAPES[1], 4),  # tiles smaller than the block asked for
+    (attention_shapes.SHAPES[4], 4),
+    (attention_shapes.SHAPES[5], 2),
+    (attention_shapes.Shape(2, 96, 4, 12, 8, (10, 38, 31), 1), 4),  # the last part half padding
+    (attention_shapes.Shape(1, 3, 2, 8, 4, (2,)), 3),  # one query a part
+)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(("shape", "parts"), PARTED)
+def test_mla_attention_of_parts_of_the_rows(shape, parts, implementation):
+    """Queries cut into parts: the same outputs and gradients, by one program for all parts."""
+    q, k, v, segments, positions = attention_case(shape)
+    real = segments != 0
+
+    def whole(q, k, v, *ids):
+        return mla_attention(q, k, v, *ids, 0.3, implementation="reference")
+
+    def part(q, k, v, segments, positions, first_row):
+        arguments = q, k, v, segments, positions, 0.3
+        if implementation == "xla":
+            return xla.mla_attention(*arguments, first_row, block=8)  # several tiles a part
+        return mla_attention(*arguments, first_row=first_row, implementation=implementation)
+
+    wanted = value_and_gradients(whole)(q, k, v, real, segments, positions)
+    program = value_and_gradients(part)
+    size = shape.t // parts
+    results = []
+    for row in range(0, shape.t, size):
+        rows = slice(row, row + size)
+        ids = segments, positions, jnp.int32(row)
+        results.append(program(q[:, rows], k, v, real[:, rows], *ids))
+    assert program._cache_size() == 1
+    out, dq, dk, dv = zip(*results, strict=True)
+    got = np.concatenate(out, 1), np.concatenate(dq, 1), np.sum(dk, 0), np.sum(dv, 0)
+    for one, other in zip(got, wanted, strict=True):
+        assert_near(one, other)
+    assert not got[0][~np.asarray(real)].any()
+
+
+def test_a_part_visits_only_the_tiles_it_needs():
+    """Keys after the part, and of documents that ended before it, may hold anything."""
+    shape = attention_shapes.Shape(1, 64, 2, 8, 8, (16, 28, 20))
+    q, k, v, segments, positions = attention_case(shape)
+    k, v = (x.at[:, :16].set(jnp.nan).at[:, 48:].set(jnp.nan) for x in (k, v))
+
+    def part(q, k, v, *ids):
+        return xla.mla_attention(q, k, v, *ids, 0.3, jnp.int32(32), block=8)
+
+    rows = slice(32, 48)
+    program = value_and_gradients(part)
+    out, dq, dk, dv = program(q[:, rows], k, v, segments[:, rows] != 0, segments, positions)
+    assert np.isfinite(out).all()
+    assert np.isfinite(dq).all()
+    for gradient in map(np.asarray, (dk, dv)):
+        assert np.isfinite(gradient).all()
+        assert gradient[:, 16:48].any(axis=(0, 2, 3)).all()
+        assert not gradient[:, :16].any()
+        assert not gradient[:, 48:].any()
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_a_part_of_the_rows_on_every_device(gathered):
+    """Inside `shard_map`, its checks on: keys gathered there, or the same everywhere already."""
+    shape = attention_shapes.Shape(2, 32, 4, 8, 12, (13, 15), 2)
+    q, k, v, segments, positions = attention_case(shape)
+    real = segments != 0
+    mesh = jax.make_mesh((2, 4), ("data", "context"))
+    cut, same = jax.P("data", "context"), jax.P("data")
+
+    def local(q, k, v, segments, positions):
+        if gathered:
+            k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
+        first_row = jax.lax.axis_index("context") * q.shape[1]
+        return mla_attention(q, k, v, segments, positions, 0.3, first_row=first_row)
+
+    of_keys = cut if gathered else same
+    specs = cut, of_keys, of_keys, same, same
+    attend = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=cut)
+
+    def whole(*arguments):
+        return mla_attention(*arguments, 0.3, implementation="reference")
+
+    wanted = value_and_gradients(whole)(q, k, v, real, segments, positions)
+    with jax.set_mesh(mesh):
+        specs = *specs[:3], cut, same, same
+        arguments = q, k, v, real, segments, positions
+        placed = (jax.device_put(x, spec) for x, spec in zip(arguments, specs, strict=True))
+        results = value_and_gradients(attend)(*placed)
+    for got, one in zip(results, wanted, strict=True):
+        assert_near(got, one)
+
+
+def test_rows_that_do_not_fit_are_refused():
+    q, ids = jnp.ones((1, 8, 2, 4)), jnp.ones((1, 8), jnp.int32)
+    with pytest.raises(ValueError, match="4 queries of 8 rows need first_row"):
+        mla_attention(q[:, :4], q, q, ids, ids, 1.0)
+    with pytest.raises(ValueError, match="8 rows do not divide into parts of 3 queries"):
+        mla_attention(q[:, :3], q, q, ids, ids, 1.0, first_row=jnp.int32(0))
+    with pytest.raises(ValueError, match="4 rows do not divide into parts of 8 queries"):
+        mla_attention(q, q[:, :4], q[:, :4], ids[:, :4], ids[:, :4], 1.0, first_row=0)
+    for row in (2, 8, -4):
+        with pytest.raises(ValueError, match=f"first_row {row} is not a multiple of 4 below 8"):
+            mla_attention(q[:, :4], q, q, ids, ids, 1.0, first_row=row)
+    with pytest.raises(ValueError, match="8 rows of keys, 8 of values, 4 segments, 8 positions"):
+        mla_attention(q[:, :4], q, q, ids[:, :4], ids, 1.0, first_row=0)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_mla_attention_memory_is_linear(parts):
+    """No [T, S] array, forward or backward: temporaries grow with T, not with its square."""
 
     def temporaries(t):
-        q = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32)
+        q, k = (jax.ShapeDtypeStruct((1, s, 2, 16), jnp.float32) for s in (t // parts, t))
         ids = jax.ShapeDtypeStruct((1, t), jnp.int32)
+        first_row = None if parts == 1 else jax.ShapeDtypeStruct((), jnp.int32)
 
-        def of(q, k, v, segments, positions):
-            return mla_attention(q, k, v, segments, positions, 0.3).sum()
+        def of(q, k, v, segments, positions, first_row):
+            return mla_attention(q, k, v, segments, positions, 0.3, first_row=first_row).sum()
 
-        compiled = jax.jit(jax.grad(of, (0, 1, 2))).lower(q, q, q, ids, ids).compile()
+        compiled = jax.jit(jax.grad(of, (0, 1, 2))).lower(q, k, k, ids, ids, first_row).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     small, large = temporaries(4096), temporaries(32768)
     assert large < 12 * small
-    assert large < 32768 * 32768 * 4 / 20
+    assert large < 32768 * 32768 * 4 / 20 / parts
 
 
 def test_grouped_keys_are_not_repeated():

@@ -291,8 +291,8 @@ class Counted:
     inner: PretrainLoss
     traces: list = dataclasses.field(default_factory=list)
 
-    def totals(self, batch, progress):
-        return self.inner.totals(batch, progress)
+    def totals(self, batch, progress, over_processes=lambda counts: counts):
+        return self.inner.totals(batch, progress, over_processes)
 
     def __call__(self, model, batch, totals):
         self.traces.append(batch["tokens_BT"].shape)

@@ -28,7 +28,6 @@ from jaxtyping import Array, Bool, Float, Shaped
 from dsjax.config import BlockConfig, Config, MlaConfig, ModelConfig, MoeConfig
 from dsjax.errors import InputError, nearest
 from dsjax.interop.tokenizer import Tokenizer
-from dsjax.model import rope
 from dsjax.model.layers import rms_norm
 from dsjax.model.mtp import depth_segments
 from dsjax.model.transformer import Transformer, build, merge, split
@@ -311,18 +310,12 @@ def _draft_without_hnorm(
     module, eps = model.mtp_modules[0], model.config.norm_eps
     embedding_BTD = rms_norm(model.embed(targets_BT), module.embedding_norm_D[...], eps)
     x_BTD = model.precision.linear(
-        jnp.concatenate([embedding_BTD, hidden_BTD], axis=-1),
-        module.w_proj_2DD[...],
-        "btk,kd->btd",
-        out_sharding=model.rules("batch", "seq", "act_embed"),
+        jnp.concatenate([embedding_BTD, hidden_BTD], axis=-1), module.w_proj_2DD[...], "btk,kd->btd"
     )
     block, bias = module.block, model.router_bias.get("mtp")
-    turn = rope.rotation(positions_BT, block.rope_dim, block.rope)
     x_BTD, _, _ = block(
         x_BTD,
-        turns={(block.rope, block.rope_dim): turn},
-        positions_BT=positions_BT,
-        segments_BT=segments_BT,
+        where=model.row(positions_BT, segments_BT),
         bias_E=None if bias is None else bias[...][0],
     )
     return rms_norm(x_BTD, module.final_norm_D[...], eps)

@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsjax.infer.sampler import Sampling, sample
+from dsjax.meshes import mesh_of
 from dsjax.model.cache import PAGE_SIZE, Cache, Entries, advance, contiguous_table, empty_entries
 from dsjax.model.transformer import Transformer, merge
 from dsjax.precision import Quantized
+from sharding import island
+from sharding.spread import Spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,31 +90,31 @@ def generate(
     """
     if max_tokens < 1 or not prompts or not all(prompts):
         raise ValueError("generation needs a prompt of one token and a budget of one")
+    rules = merge(graphdef, params, bias).rules
+    spread, asked = Spread(mesh_of(params), rules), len(prompts)
+    prompts = prompts + prompts[-1:] * (-asked % spread.row_devices())
     width = _whole_pages(max(map(len, prompts)))
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens, log_probs, count, stopped = run(
-        graphdef,
-        params,
-        bias,
-        tokens_BT,
-        length_B,
-        jax.random.key(seed),
-        jnp.float32(sampling.temperature),
-        jnp.float32(sampling.top_p),
-        jnp.asarray(stop_ids, jnp.int32),
-        jnp.int32(max_tokens),
-        budget=_whole_pages(max_tokens),
-        allowed=allowed,
-    )
-    return Generation(
-        np.asarray(tokens)[:, :max_tokens],
-        np.asarray(log_probs)[:, :max_tokens],
-        np.asarray(count),
-        np.asarray(stopped),
-    )
+    rows = {"tokens_BT": tokens_BT, "length_B": length_B}
+    with spread.mesh_set():
+        found = run(
+            graphdef,
+            params,
+            bias,
+            *spread(rows, len(prompts), whole=True).values(),
+            jax.random.key(seed),
+            np.float32(sampling.temperature),
+            np.float32(sampling.top_p),
+            np.asarray(stop_ids, np.int32),
+            np.int32(max_tokens),
+            budget=_whole_pages(max_tokens),
+            allowed=allowed,
+        )
+    tokens, log_probs, count, stopped = (np.asarray(x)[:asked] for x in found)
+    return Generation(tokens[:, :max_tokens], log_probs[:, :max_tokens], count, stopped)
 
 
 def _whole_pages(positions: int) -> int:
@@ -138,37 +142,71 @@ def run(
     Returns:
         (tokens_BG, log_probs_BG, length_B, stopped_B) with G = budget.
     """
+    rules = merge(graphdef, params, bias).rules
+
+    def local(*arrays):
+        return _run(graphdef, rules, budget, allowed, *arrays)
+
+    by_row = P(rules.of("batch") or None)
+    arrays = params, bias, tokens_BT, length_B, key, temperature, top_p, stop_ids, max_tokens
+    return island.run(local, by_row, *arrays)
+
+
+def _run(
+    graphdef,
+    rules,
+    budget,
+    allowed,
+    params,
+    bias,
+    tokens_BT,
+    length_B,
+    key,
+    temperature,
+    top_p,
+    stop_ids,
+    max_tokens,
+):
+    """`run` of the sequences of one device."""
     # Once a call, not once a token: weights kept in another dtype are cast here.
     dtype = merge(graphdef, params, bias).precision.compute_dtype
     model = merge(graphdef, *prepare(params, bias, dtype))
     batch, width = tokens_BT.shape
     table_BX = contiguous_table(batch, width + budget)
     entries = empty_entries(model.config, table_BX.size, model.precision.compute_dtype)
-    draw = functools.partial(sample, temperature=temperature, top_p=top_p, allowed=allowed)
+    first_row = island.place(rules.of("batch")) * batch
+    draw = functools.partial(
+        sample, temperature=temperature, top_p=top_p, allowed=allowed, first_row=first_row
+    )
+
+    def left(done_B):  # over all devices: they take their steps together
+        return island.sum_tokens(jnp.sum(~done_B, dtype=jnp.int32), rules)
 
     hidden_BD, entries = prefill(model, tokens_BT, length_B, entries, table_BX)
     logits_BV = model.logits(hidden_BD[:, None])[:, 0]
     token_B, log_B = draw(logits_BV, jax.random.fold_in(key, 0))
 
     def unfinished(loop):
-        step, *_, done_B = loop
-        return (step < max_tokens) & ~done_B.all()
+        step, *_, running = loop
+        return (step < max_tokens) & (running > 0)
 
     def step(loop):
-        i, token_B, log_B, tokens_BG, log_probs_BG, entries, count_B, done_B = loop
+        i, token_B, log_B, tokens_BG, log_probs_BG, entries, count_B, done_B, _ = loop
         tokens_BG = tokens_BG.at[:, i].set(token_B)
         log_probs_BG = log_probs_BG.at[:, i].set(log_B)
         count_B = count_B + ~done_B
         done_B = done_B | (token_B[:, None] == stop_ids).any(axis=1)
         logits_BV, entries = decode(model, token_B, length_B + i, ~done_B, entries, table_BX)
         token_B, log_B = draw(logits_BV, jax.random.fold_in(key, i + 1))
-        return i + 1, token_B, log_B, tokens_BG, log_probs_BG, entries, count_B, done_B
+        running = left(done_B)
+        return i + 1, token_B, log_B, tokens_BG, log_probs_BG, entries, count_B, done_B, running
 
     tokens_BG = jnp.zeros((batch, budget), jnp.int32)
     log_probs_BG = jnp.zeros((batch, budget), jnp.float32)
     nothing_B = jnp.zeros((batch,), jnp.int32)
-    start = (0, token_B, log_B, tokens_BG, log_probs_BG, entries, nothing_B, nothing_B > 0)
-    *_, tokens_BG, log_probs_BG, _, count_B, done_B = jax.lax.while_loop(unfinished, step, start)
+    done_B = nothing_B > 0
+    start = (0, token_B, log_B, tokens_BG, log_probs_BG, entries, nothing_B, done_B, left(done_B))
+    *_, tokens_BG, log_probs_BG, _, count_B, done_B, _ = jax.lax.while_loop(unfinished, step, start)
     return tokens_BG, log_probs_BG, count_B, done_B
 
 

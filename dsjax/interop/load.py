@@ -5,7 +5,6 @@ a few megabytes at a time, which a donated update writes into the shard. Besides
 themselves, a few pieces are all that lies in memory. Knows nothing about `config.json`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -25,7 +24,8 @@ from dsjax.interop import fp8, hf
 from dsjax.interop.tensor_files import TensorFolder, TensorInfo
 from dsjax.model.transformer import RouterBias, build
 from dsjax.precision import Quantized
-from sharding.rules import AxisRules
+from sharding.init import specs
+from sharding.rules import AxisRules, LayoutError
 
 PIECE_BYTES = 16 * 2**20  # of one update, in float32
 _FLOATS = ("BF16", "F16", "F32")
@@ -157,15 +157,14 @@ def load(
                     "embedding or head of its own is not supported (model.mtp=null leaves it out)"
                 )
             on_bytes(_num_bytes(folder, entry.name))
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        blueprint = jax.eval_shape(build(config, rules), jax.random.key(0))
-        variables = dict(nnx.to_flat_state(nnx.state(blueprint, (nnx.Param, RouterBias))))
-        specs = {path: rules(*v.get_metadata()["axes"]) for path, v in variables.items()}
+    blueprint = jax.eval_shape(build(config, rules), jax.random.key(0))
+    variables = dict(nnx.to_flat_state(nnx.state(blueprint, (nnx.Param, RouterBias))))
+    laid = specs_by_path(variables, rules, mesh)
     tree, scales = {}, {}
     for path, group in hf.by_leaf(config.model).items():
         shape, dtype = hf.leaf_shape(group), variables[path].dtype
         assert shape == variables[path].shape, (path, shape, variables[path].shape)
-        sharding = _sharding(mesh, specs[path])
+        sharding = _sharding(mesh, laid[path])
         types = {folder.infos[entry.name].dtype for entry in group}
         if as_stored and types & {"F32", "F16"}:
             dtype = jnp.dtype(jnp.float32)
@@ -179,7 +178,7 @@ def load(
             folder, group, shape, jnp.float8_e4m3fn if kept else dtype, sharding, kept, on_bytes
         )
         if kept:
-            leaf = _with_scales(folder, group, leaf, mesh, specs[path])
+            leaf = _with_scales(folder, group, leaf, mesh, laid[path])
         elif "F8_E4M3" in types and dtype == jnp.float32:
             for entry in group:
                 name = entry.name + hf.SCALE_SUFFIX
@@ -199,9 +198,32 @@ def _sharding(mesh: Mesh | None, spec: PartitionSpec | None) -> jax.sharding.Sha
     return NamedSharding(mesh, spec or PartitionSpec())
 
 
+def specs_by_path(variables, rules: AxisRules, mesh: Mesh | None) -> dict:
+    """How each variable lies on the mesh; None without one.
+
+    Raises:
+        InputError: for a dimension that does not divide, naming the variable.
+    """
+    if mesh is None:
+        return dict.fromkeys(variables)
+    found = {}
+    for path, variable in variables.items():
+        try:
+            found[path] = specs(variable, rules, dict(mesh.shape))
+        except LayoutError as error:
+            raise InputError(f"{'.'.join(map(str, path))}: {error}") from error
+    return found
+
+
 def _with_scales(folder, group, q, mesh, spec) -> Quantized:
     """Puts the scales of a leaf's tensors together; they are small, so each device has them all."""
     first = group[0]
+    lead_dims = len(group[0].index)
+    if any((spec or ())[lead_dims:]):
+        raise InputError(
+            f"{first.name}: a weight kept in FP8 can be laid out by whole experts alone, but the "
+            "rules cut it; load it as bfloat16 or float32"
+        )
     if any(128 % size for size in _permuted(first.layout)):
         raise InputError(f"{first.name}: FP8 blocks cross heads; load it as float32 or bfloat16")
     in_dims, parts = first.in_dims, first.parts

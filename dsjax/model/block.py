@@ -7,13 +7,13 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 
-from dsjax.config import BlockConfig, GqaConfig, ModelConfig, MoeConfig, RopeConfig
-from dsjax.model import rope
+from dsjax.config import BlockConfig, GqaConfig, ModelConfig, MoeConfig
 from dsjax.model.cache import Entries, Pages
 from dsjax.model.gqa import GroupedQueryAttention
 from dsjax.model.layers import SwiGlu, norm_scale, rms_norm
 from dsjax.model.mla import MultiHeadLatentAttention
 from dsjax.model.moe import ExpertStack, MixtureOfExperts, MoeAux
+from dsjax.model.row import Row
 from dsjax.precision import Precision
 from sharding.rules import AxisRules
 
@@ -31,7 +31,6 @@ class Block(nnx.Module):
         key: PRNGKeyArray,
     ):
         self.norm_eps = model.norm_eps
-        self.rope, self.rope_dim = config.attention.rope, config.attention.rope_dim
         key_attention, key_ffn = jax.random.split(key)
         d, shared = model.embed_dim, {"std": model.init_std, "precision": precision, "rules": rules}
         self.attention_norm_D = norm_scale(d, "act_embed", precision)
@@ -53,9 +52,7 @@ class Block(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         *,
-        turns: dict[tuple[RopeConfig, int], rope.Rotation],
-        positions_BT: Int[Array, "B T"],
-        segments_BT: Int[Array, "B T"],
+        where: Row,
         entries: Entries | None = None,
         layer: Int[Array, ""] | None = None,
         pages: Pages | None = None,
@@ -68,10 +65,7 @@ class Block(nnx.Module):
 
         Args:
             x_BTD: hidden states.
-            turns: the rotation of each RopeConfig and width in the model.
-            positions_BT: see `MultiHeadLatentAttention`, as are segments, entries, layer, pages and
-                fresh.
-            segments_BT: documents of a packed row; 0 is padding.
+            where: the places of the tokens.
             entries: the stack's cache, or None.
             layer: this block's layer of the cache.
             pages: places in the cache.
@@ -86,9 +80,7 @@ class Block(nnx.Module):
         normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps)
         attended_BTD, entries = self.attention(
             normed_BTD,
-            turn=turns[self.rope, self.rope_dim],
-            positions_BT=positions_BT,
-            segments_BT=segments_BT,
+            where=where,
             # The cache of a stack is of its attention's kind.
             entries=entries,  # pyrefly: ignore[bad-argument-type]
             layer=layer,
@@ -102,7 +94,7 @@ class Block(nnx.Module):
         y_BTD, aux = self.ffn(
             normed_BTD,
             bias_E=bias_E,
-            segments_BT=segments_BT,
+            segments_BT=where.segments_BT,
             routing_BTK=routing_BTK,
             expert_stack=expert_stack,
         )

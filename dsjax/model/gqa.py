@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsjax.config import GqaConfig
 from dsjax.model import rope
 from dsjax.model.cache import KeysValues, Pages, write
-from dsjax.model.layers import bias, weight
+from dsjax.model.layers import bias, read, weight
+from dsjax.model.row import Row, attend
 from dsjax.precision import Precision
 from pallas_kernels.gqa_decode import gqa_decode
-from pallas_kernels.mla_attention import mla_attention
+from sharding import island
 from sharding.rules import AxisRules
 
 
@@ -54,9 +55,7 @@ class GroupedQueryAttention(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         *,
-        turn: rope.Rotation,
-        positions_BT: Int[Array, "B T"],
-        segments_BT: Int[Array, "B T"],
+        where: Row,
         entries: KeysValues | None = None,
         layer: Int[Array, ""] | None = None,
         pages: Pages | None = None,
@@ -66,9 +65,7 @@ class GroupedQueryAttention(nnx.Module):
 
         Args:
             x_BTD: normed hidden states.
-            turn: `rope.rotation` of the positions.
-            positions_BT: int32 positions; negative ones attend to nothing.
-            segments_BT: int32 documents of a packed row; 0 is padding.
+            where: the places of the tokens.
             entries: the stack's cache, or None without one.
             layer: which layer of the cache is this one's.
             pages: where new positions are written and old ones read.
@@ -78,6 +75,8 @@ class GroupedQueryAttention(nnx.Module):
         Returns:
             (output [B, T, D], the cache with this layer's new entries, or None).
         """
+        x_BTD = island.enter(x_BTD, self.rules.of("act_heads"), self.rules)
+        turn = where.query_turns[(self.config.rope, self.config.rope_dim)]
         q_BTNA, k_BTIA, v_BTIH = self._project(x_BTD, turn)
         if entries is not None:
             assert layer is not None  # it and the pages come with a cache
@@ -87,7 +86,9 @@ class GroupedQueryAttention(nnx.Module):
                 write(entries.v_LXSIH, layer, v_BTIH, pages.slot_BT),
             )
         if fresh:
-            out_BTNH = mla_attention(q_BTNA, k_BTIA, v_BTIH, segments_BT, positions_BT, self._scale)
+            if "context" in self.rules.of("seq"):
+                k_BTIA, v_BTIH = island.context_row(k_BTIA), island.context_row(v_BTIH)
+            out_BTNH = attend(q_BTNA, k_BTIA, v_BTIH, where, self._scale, self.rules)
         else:
             assert entries is not None  # what is not fresh lies in a cache
             assert layer is not None
@@ -99,15 +100,11 @@ class GroupedQueryAttention(nnx.Module):
                 layer,
                 pages.table_BX,
                 pages.length_B,
-                positions_BT,
+                where.positions_BT,
                 self._scale,
             )
-        out_BTD = self.precision.linear(
-            out_BTNH,
-            self.w_o_NHD[...],
-            "btnh,nhd->btd",
-            out_sharding=self.rules("batch", "seq", "act_embed"),
-        )
+        out_BTD = self.precision.linear(out_BTNH, self._read(self.w_o_NHD), "btnh,nhd->btd")
+        out_BTD = island.leave(out_BTD, self.rules.of("act_heads"), self.rules)
         if self.config.out_bias:
             out_BTD = out_BTD + self.b_o_D[...].astype(out_BTD.dtype)
         return out_BTD, entries
@@ -116,14 +113,17 @@ class GroupedQueryAttention(nnx.Module):
     def _scale(self) -> float:
         return rope.softmax_scale(self.config.head_dim, self.config.rope.yarn)
 
+    def _read(self, variable):
+        return read(variable, self.rules, self.precision)
+
     def _project(self, x_BTD, turn):
         """Queries and keys by head, rotated, and values."""
-        linear, per_head = self.precision.linear, self.rules("batch", "seq", "act_heads", None)
-        q_BTNA = linear(x_BTD, self.w_q_DNA[...], "btd,dna->btna", out_sharding=per_head)
-        k_BTIA = linear(x_BTD, self.w_k_DIA[...], "btd,dia->btia", out_sharding=per_head)
-        v_BTIH = linear(x_BTD, self.w_v_DIH[...], "btd,dih->btih", out_sharding=per_head)
+        linear, dense, whole = self.precision.linear, self.precision.dense, self._read
+        q_BTNA = linear(x_BTD, whole(self.w_q_DNA), "btd,dna->btna")
+        k_BTIA = linear(x_BTD, whole(self.w_k_DIA), "btd,dia->btia")
+        v_BTIH = linear(x_BTD, whole(self.w_v_DIH), "btd,dih->btih")
         if self.config.qkv_bias:
-            q_BTNA = q_BTNA + self.b_q_NA[...].astype(q_BTNA.dtype)
-            k_BTIA = k_BTIA + self.b_k_IA[...].astype(k_BTIA.dtype)
-            v_BTIH = v_BTIH + self.b_v_IH[...].astype(v_BTIH.dtype)
+            q_BTNA = q_BTNA + dense(whole(self.b_q_NA), q_BTNA.dtype)
+            k_BTIA = k_BTIA + dense(whole(self.b_k_IA), k_BTIA.dtype)
+            v_BTIH = v_BTIH + dense(whole(self.b_v_IH), v_BTIH.dtype)
         return rope.rotate(q_BTNA, turn), rope.rotate(k_BTIA, turn), v_BTIH

@@ -5,14 +5,16 @@ Knows nothing about attention or experts. D model width, F hidden width, B seque
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dsjax.precision import Precision
-from sharding.rules import AxisRules
+from dsjax.precision import Precision, Quantized
+from sharding import island
+from sharding.rules import AxisRules, Layout, LayoutError
 
 
 def weight(
@@ -25,12 +27,51 @@ def weight(
 ) -> nnx.Param:
     """Declares a normally distributed parameter with its logical axes (V3 report 4.2: 0.006)."""
     values = std * jax.random.normal(key, tuple(shape), jnp.float32)
-    return nnx.Param(values.astype(precision.param_dtype), axes=axes)
+    return nnx.Param(values.astype(precision.param_dtype), axes=axes, whole=tuple(shape))
+
+
+def layout_of(variable: nnx.Variable, rules: AxisRules) -> tuple[Layout, Layout]:
+    """How a weight is cut on the mesh that is set, and which of the cuts stay where it is used.
+
+    Within a scan over layers, too, where a weight has lost its first dimension.
+    """
+    told = variable.get_metadata()
+    axes = told["axes"][-len(told["whole"]) :]
+    layout = rules.layout(axes, told["whole"], island.mesh_sizes())
+    kept = tuple(
+        tuple(a for a in over if a in rules.kept(axis))
+        for over, axis in zip(layout, axes, strict=True)
+    )
+    return layout, kept
+
+
+def read(
+    variable: nnx.Variable, rules: AxisRules, precision: Precision, dtype: Any = None
+) -> Array | Quantized:
+    """A weight for use: whole, but for heads and hidden units that other devices see to.
+
+    Args:
+        variable: the weight.
+        rules: where its axes go.
+        precision: in what it is used.
+        dtype: what it is gathered in; None takes the compute dtype.
+
+    Raises:
+        LayoutError: for a weight in FP8 that would have to be gathered.
+    """
+    w = variable[...]
+    layout, kept = layout_of(variable, rules)
+    if layout == kept:
+        return w
+    if isinstance(w, Quantized):
+        raise LayoutError("a weight kept in FP8 cannot be gathered; lay out whole experts alone")
+    return island.whole(w, layout, kept, dtype or precision.compute_dtype)
 
 
 def bias(shape: Sequence[int], axes: tuple[str | None, ...], precision: Precision) -> nnx.Param:
     """Declares what is added to a projection, zeros; the optimizer lets it not decay."""
-    return nnx.Param(jnp.zeros(tuple(shape), precision.param_dtype), axes=axes, decays=False)
+    zeros = jnp.zeros(tuple(shape), precision.param_dtype)
+    return nnx.Param(zeros, axes=axes, whole=tuple(shape), decays=False)
 
 
 def norm_scale(size: int, axis: str | None, precision: Precision) -> nnx.Param:
@@ -59,6 +100,21 @@ def swiglu(gate_up: Float[Array, "... F2"]) -> Float[Array, "... F"]:
     return jax.nn.silu(gate) * up
 
 
+def swiglu_parts(gate_up: Float[Array, "... F2"], axes: tuple[str, ...]) -> Float[Array, "... F"]:
+    """`swiglu` where each device along `axes` has a part of the columns, and then of the result.
+
+    Gates lie left of ups, as published, so a gate and its up lie on different devices: the products
+    are gathered. They are few where weights stay in place, in decoding.
+    """
+    axes = island.inside(axes)
+    if not axes:
+        return swiglu(gate_up)
+    hidden = swiglu(jax.lax.all_gather(gate_up, axes, axis=gate_up.ndim - 1, tiled=True))
+    part = hidden.shape[-1] // island.count(axes)
+    start = jax.lax.axis_index(axes) * part
+    return jax.lax.dynamic_slice_in_dim(hidden, start, part, axis=hidden.ndim - 1)
+
+
 class SwiGlu(nnx.Module):
     """The dense gated feed-forward layer, gate and up projections fused into one weight."""
 
@@ -84,16 +140,10 @@ class SwiGlu(nnx.Module):
     @jax.named_scope("dense_ffn")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the layer; [B, T, D] -> [B, T, D]."""
-        linear, rules = self.precision.linear, self.rules
-        gate_up_BT2F = linear(
-            x_BTD,
-            self.w_in_D2F[...],
-            "btd,df->btf",
-            out_sharding=rules("batch", "seq", "act_mlp"),
-        )
-        return linear(
-            swiglu(gate_up_BT2F),
-            self.w_down_FD[...],
-            "btf,fd->btd",
-            out_sharding=rules("batch", "seq", "act_embed"),
-        )
+        linear, rules, precision = self.precision.linear, self.rules, self.precision
+        axes = rules.of("act_mlp")
+        x_BTD = island.enter(x_BTD, axes, rules)
+        gate_up_BT2F = linear(x_BTD, read(self.w_in_D2F, rules, precision), "btd,df->btf")
+        hidden_BTF = swiglu_parts(gate_up_BT2F, axes)
+        y_BTD = linear(hidden_BTF, read(self.w_down_FD, rules, precision), "btf,fd->btd")
+        return island.leave(y_BTD, axes, rules)

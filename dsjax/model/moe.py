@@ -9,7 +9,7 @@ X rows of the dispatch buffer.
 
 import dataclasses
 import functools
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 
 from dsjax.config import MoeConfig
 from dsjax.model import router
-from dsjax.model.layers import SwiGlu, swiglu, weight
+from dsjax.model.layers import SwiGlu, layout_of, read, swiglu, weight
 from dsjax.precision import Precision, Quantized
+from sharding import island
 from sharding.dispatch import PLAN, combine, dispatch
 from sharding.rules import AxisRules
 
@@ -35,11 +36,13 @@ class MoeAux:
         load_E: int32 tokens each expert received; padding sends none.
         balance: float32 scalars, the balance statistics summed over rows (without their weights).
         routing_BTK: uint16 chosen experts.
+        overflow: int32, tokens that did not fit the exchange between devices.
     """
 
     load_E: Array
     balance: router.Balance
     routing_BTK: Array
+    overflow: Array
 
 
 class ExpertStack(NamedTuple):
@@ -72,7 +75,7 @@ class MixtureOfExperts(nnx.Module):
         key_router, key_in, key_down, key_shared = jax.random.split(key, 4)
         # The router's weight stays float32 whatever the others are kept in (V3 report, 3.3).
         values = std * jax.random.normal(key_router, (embed_dim, e), jnp.float32)
-        self.w_router_DE = nnx.Param(values, axes=("embed", None))
+        self.w_router_DE = nnx.Param(values, axes=("embed", None), whole=values.shape)
         self.w_in_ED2F = weight(
             key_in,
             (e, embed_dim, 2 * f),
@@ -122,9 +125,8 @@ class MixtureOfExperts(nnx.Module):
         """
         config = self.config
         b, t, d = x_BTD.shape
-        logits_BTE = self.precision.linear(
-            x_BTD, self.w_router_DE[...], "btd,de->bte", role="router"
-        )
+        w_router_DE = read(self.w_router_DE, self.rules, self.precision, jnp.float32)
+        logits_BTE = self.precision.linear(x_BTD, w_router_DE, "btd,de->bte", role="router")
         scores_BTE = router.affinities(logits_BTE, config)
         scores_UE = scores_BTE.reshape(b * t, -1)
         real_BT = segments_BT != 0
@@ -136,21 +138,47 @@ class MixtureOfExperts(nnx.Module):
 
         sent_UK = jnp.where(real_BT.reshape(-1, 1), expert_UK, config.num_experts)
         x_UD = x_BTD.reshape(b * t, d)
-        if expert_stack is not None and expert_UK.size <= config.num_experts:
-            y_UD, load_E = self._routed_few(x_UD, gates_UK, sent_UK, expert_stack)
+        # Where all devices along an axis have the same tokens, each sends its part of them.
+        apart = tuple(a for a in self.rules.of("experts") if a not in self.rules.token_axes)
+        x_UD, gates_UK = island.split_tokens(x_UD, apart), island.split_tokens(gates_UK, apart)
+        sent_UK = island.split_tokens(sent_UK, apart, config.num_experts)
+        if expert_stack is not None and self._reads_stack and sent_UK.size <= config.num_experts:
+            y_UD, load_E, overflow = self._routed_few(x_UD, gates_UK, sent_UK, expert_stack)
         else:
-            y_UD, load_E = self._routed(x_UD, gates_UK, sent_UK)
+            y_UD, load_E, overflow = self._routed(x_UD, gates_UK, sent_UK)
+        y_UD = island.join_tokens(y_UD, apart, b * t)
         y_BTD = y_UD.reshape(b, t, d)
         if config.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         expert_BTK = expert_UK.reshape(b, t, -1)
-        balance = router.balance_loss(scores_BTE, expert_BTK, real_BT, config)
+        balance = router.balance_loss(scores_BTE, expert_BTK, real_BT, config, self.rules)
         aux = MoeAux(
             load_E=load_E,
             balance=jax.tree.map(jnp.sum, balance),
             routing_BTK=expert_BTK.astype(jnp.uint16),
+            overflow=overflow,
         )
         return y_BTD, aux
+
+    @property
+    def _exchange(self) -> dict[str, Any]:
+        """How tokens reach their experts."""
+        rules = self.rules
+        return {
+            "num_experts": self.config.num_experts,
+            "axis": island.inside(rules.of("experts")) or None,
+            **rules.exchange.arguments(),
+        }
+
+    @property
+    def _reads_stack(self) -> bool:
+        """Whether experts lie whole where they are used."""
+        return all(
+            layout == kept
+            for layout, kept in (
+                layout_of(w, self.rules) for w in (self.w_in_ED2F, self.w_down_EFD)
+            )
+        )
 
     def _routed(self, x_UD, gates_UK, expert_UK):
         """Dispatches, runs the experts, combines; keeps one [X, 2F] array for the backward pass.
@@ -159,29 +187,29 @@ class MixtureOfExperts(nnx.Module):
         kept for its gradient. The rows of the buffer and the hidden vectors are gathered and
         computed again: no matrix product is.
         """
-        linear, num_experts = self.precision.grouped_linear, self.config.num_experts
+        linear, rules, precision = self.precision.grouped_linear, self.rules, self.precision
         keep = jax.checkpoint_policies.save_only_these_names(PLAN, "expert_gate_up")
 
         @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
-        def run(x_UD, gates_UK, w_in_ED2F, w_down_EFD):
-            x_XD, gates_X, load_E, plan = dispatch(
-                x_UD, gates_UK, expert_UK, num_experts=num_experts
-            )
+        def run(x_UD, gates_UK):
+            x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, **self._exchange)
             with jax.named_scope("experts"):
+                w_in_ED2F = read(self.w_in_ED2F, rules, precision)
                 gate_up_X2F = linear(x_XD, w_in_ED2F, plan.tile_expert)
                 gate_up_X2F = checkpoint_name(gate_up_X2F, "expert_gate_up")
                 hidden_XF = swiglu(gate_up_X2F)
                 hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
+                w_down_EFD = read(self.w_down_EFD, rules, precision)
                 y_XD = linear(hidden_XF, w_down_EFD, plan.tile_expert)
-            return combine(y_XD, plan), load_E
+            return combine(y_XD, plan), load_E, plan.overflow
 
-        return run(x_UD, gates_UK, self.w_in_ED2F[...], self.w_down_EFD[...])
+        return run(x_UD, gates_UK)
 
     def _routed_few(self, x_UD, gates_UK, expert_UK, stack):
         """`_routed` for a handful of tokens: expert e of layer l is number l * E + e."""
-        linear, num_experts = self.precision.grouped_linear, self.config.num_experts
-        layers = jax.tree.leaves(stack.w_in_LED2F)[0].shape[0]
-        x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, num_experts=num_experts)
+        linear = self.precision.grouped_linear
+        layers, num_experts = jax.tree.leaves(stack.w_in_LED2F)[0].shape[:2]  # of this device
+        x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, **self._exchange)
         tile_expert = jnp.where(
             plan.tile_expert < num_experts,
             plan.tile_expert + stack.layer * num_experts,
@@ -191,7 +219,7 @@ class MixtureOfExperts(nnx.Module):
             hidden_XF = swiglu(linear(x_XD, _joined(stack.w_in_LED2F), tile_expert))
             hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
             y_XD = linear(hidden_XF, _joined(stack.w_down_LEFD), tile_expert)
-        return combine(y_XD, plan), load_E
+        return combine(y_XD, plan), load_E, plan.overflow
 
 
 def _joined(w_LEDF):

@@ -14,19 +14,24 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsjax.config import ModelConfig
 from dsjax.model.block import Block
-from dsjax.model.layers import norm_scale, rms_norm, weight
+from dsjax.model.layers import norm_scale, read, rms_norm, weight
 from dsjax.precision import Precision
+from sharding import island
 from sharding.rules import AxisRules
 
 
-def depth_segments(segments_BT: Int[Array | np.ndarray, "B T"], depth: int) -> Int[Array, "B T"]:
+def depth_segments(
+    segments_BT: Int[Array | np.ndarray, "B T"],
+    depth: int,
+    rules: AxisRules = AxisRules(),  # noqa: B008
+) -> Int[Array | np.ndarray, "B T"]:
     """Documents as prediction depth `depth` (from 0) sees them.
 
     Position i takes part while token i + 1 + depth belongs to its own document and row (equation
     22 ends the sum there); beyond, it is padding: no load, no balance, no loss.
     """
-    later_BT = jnp.pad(segments_BT[:, 1 + depth :], ((0, 0), (0, 1 + depth)))
-    return jnp.where(later_BT == segments_BT, segments_BT, 0)
+    later_BT = island.shift_row(segments_BT, 1 + depth, rules)
+    return segments_BT * (later_BT == segments_BT)
 
 
 class MtpModule(nnx.Module):
@@ -60,9 +65,5 @@ class MtpModule(nnx.Module):
             ],
             axis=-1,
         )
-        return self.precision.linear(
-            both_BT2D,
-            self.w_proj_2DD[...],
-            "btk,kd->btd",
-            out_sharding=self.rules("batch", "seq", "act_embed"),
-        )
+        w_2DD = read(self.w_proj_2DD, self.rules, self.precision)
+        return self.precision.linear(both_BT2D, w_2DD, "btk,kd->btd")

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import MoeConfig
+from sharding import island
+from sharding.rules import AxisRules
 
 
 @jax.named_scope("router")
@@ -98,6 +100,7 @@ def balance_loss(
     expert_BTK: Int[Array, "B T K"],
     real_BT: Bool[Array, "B T"],
     config: MoeConfig,
+    rules: AxisRules = AxisRules(),  # noqa: B008
 ) -> Balance:
     """Sequence-wise balance statistics of each row; the groups of the router are V2's devices.
 
@@ -112,6 +115,7 @@ def balance_loss(
         expert_BTK: the selected experts.
         real_BT: false for padding.
         config: sizes, and what counts.
+        rules: rows may be cut over devices, each of which then returns its share.
 
     Returns:
         float32 [B] each; 0 for a row of nothing but padding. The gradient flows through P alone.
@@ -119,24 +123,29 @@ def balance_loss(
     num_experts, per_token = config.num_experts, config.num_experts_per_token
     num_groups, groups_per_token = config.num_groups, config.groups_per_token
     real_BT1 = real_BT[..., None].astype(jnp.float32)
-    tokens_B1 = jnp.maximum(real_BT1.sum(axis=1), 1.0)
+
+    def over_row(x_BTE):
+        return island.sum_row(jnp.sum(x_BTE, axis=1), rules)
+
+    tokens_B1 = jnp.maximum(over_row(real_BT1), 1.0)
     counted_BTK = expert_BTK
     if config.balance_counts == "best_scores":
         counted_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), per_token)[1]
     hit_BTE = (counted_BTK[..., None] == jnp.arange(num_experts)).any(axis=2)
-    frequency_BE = jnp.sum(hit_BTE * real_BT1, axis=1) * num_experts / (per_token * tokens_B1)
+    frequency_BE = over_row(hit_BTE * real_BT1) * num_experts / (per_token * tokens_B1)
     # V2 has s itself in P: its softmax sums to 1 already.
     share_BTE = scores_BTE / (scores_BTE.sum(axis=-1, keepdims=True) + 1e-20)
-    probability_BE = jnp.sum(share_BTE * real_BT1, axis=1) / tokens_B1
+    probability_BE = over_row(share_BTE * real_BT1) / tokens_B1
     expert_B = jnp.sum(frequency_BE * probability_BE, axis=-1)
     with jax.named_scope("groups"):
         probability_BJ = probability_BE.reshape(-1, num_groups, num_experts // num_groups).sum(-1)
         frequency_BJ = frequency_BE.reshape(-1, num_groups, num_experts // num_groups).mean(-1)
         sent_BTJ = hit_BTE.reshape(*real_BT.shape, num_groups, -1).any(axis=-1)
-        sent_BJ = jnp.sum(sent_BTJ * real_BT1, axis=1) * num_groups / (groups_per_token * tokens_B1)
+        sent_BJ = over_row(sent_BTJ * real_BT1) * num_groups / (groups_per_token * tokens_B1)
         device_B = jnp.sum(frequency_BJ * probability_BJ, axis=-1)
         communication_B = jnp.sum(sent_BJ * probability_BJ, axis=-1)
-    return Balance(expert_B, device_B, communication_B)
+    share = 1.0 / island.row_devices(rules)
+    return Balance(expert_B * share, device_B * share, communication_B * share)
 
 
 def update_bias(

@@ -8,7 +8,7 @@ B sequences, T positions, D width, V vocabulary, L layers of a stack, E experts,
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, no_type_check
+from typing import Any, Literal, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 
 from dsjax.config import Config, ModelConfig, MoeConfig
-from dsjax.model import rope
 from dsjax.model.block import Block
 from dsjax.model.cache import Cache
-from dsjax.model.layers import norm_scale, rms_norm, weight
+from dsjax.model.layers import layout_of, norm_scale, rms_norm, weight
 from dsjax.model.moe import ExpertStack
 from dsjax.model.mtp import MtpModule
 from dsjax.model.router import Balance
+from dsjax.model.row import Row, row
 from dsjax.precision import Precision
+from sharding import island
 from sharding.init import stack
-from sharding.rules import AxisRules
+from sharding.rules import AxisRules, Layout
 
 Remat = Literal["none", "dots", "full"]
 
@@ -44,16 +45,24 @@ class Aux:
         load: int32 [L, E] tokens of each expert.
         balance: float32 [L] each, the balance statistics summed over rows, without their weights.
         routing: uint16 [L, B, T, K] chosen experts.
+        overflow: int32 [L] tokens that did not fit the exchange between devices; 0 unless its
+            buffers are bounded (`sharding.rules.Exchange`).
+
+    On a mesh, each is of the device's own tokens; a balance is its share.
     """
 
     load: dict[str, Array]
     balance: dict[str, Balance]
     routing: dict[str, Array]
+    overflow: dict[str, Array]
 
     def __or__(self, other: "Aux") -> "Aux":
         """Joins what different stacks tell."""
         return Aux(
-            self.load | other.load, self.balance | other.balance, self.routing | other.routing
+            self.load | other.load,
+            self.balance | other.balance,
+            self.routing | other.routing,
+            self.overflow | other.overflow,
         )
 
 
@@ -74,17 +83,38 @@ class Output:
     aux: Aux
 
 
+class Head(NamedTuple):
+    """The matrix that scores the vocabulary.
+
+    Attributes:
+        w_DV: this device's part of [D, V].
+        layout: mesh axes of each dimension.
+        kept: those over which its logits stay apart.
+    """
+
+    w_DV: Array
+    layout: Layout
+    kept: Layout
+
+
 def checkpointed(function: Callable, remat: Remat) -> Callable:
     """Wraps a layer so that its backward pass recomputes what the policy does not keep.
 
     `none` keeps everything, `dots` keeps the products of weights, `full` keeps the layer's input.
     """
     if remat == "none":
-        return function
+        if not island.inside(tuple(island.mesh_sizes())):
+            return function
+        # All but what was gathered: the whole of every weight is more than a device has.
+        return jax.checkpoint(function, policy=_all_but_gathered, prevent_cse=False)
     policy = None
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
+def _all_but_gathered(*operation: Any, **parameters: Any) -> bool:
+    return not island.is_gather(*operation, **parameters)
 
 
 class Transformer(nnx.Module):
@@ -104,7 +134,7 @@ class Transformer(nnx.Module):
         v, d = config.vocab_size, config.embed_dim
         shared: dict[str, Any] = {"precision": precision, "rules": rules}
         std = {"std": config.init_std, "precision": precision}
-        self.embed_VD = weight(key_embed, (v, d), ("vocab", "act_embed"), **std)
+        self.embed_VD = weight(key_embed, (v, d), ("vocab", "embed"), **std)
         self.final_norm_D = norm_scale(d, "act_embed", precision)
         if not config.tie_embeddings:
             self.head_DV = weight(key_head, (d, v), ("embed", "vocab"), **std)
@@ -149,12 +179,12 @@ class Transformer(nnx.Module):
             Hidden states after the final norm, the cache, and what the layers tell.
         """
         x_BTD = self.embed(tokens_BT)
-        turns = self._turns(positions_BT)
+        where = self.row(positions_BT, segments_BT)
         entries = {} if cache is None else dict(cache.entries)
-        aux = Aux({}, {}, {})
+        aux = Aux({}, {}, {}, {})
         for stack_config in self.config.stacks:
             x_BTD, entries, stack_aux = self._run_stack(
-                stack_config, x_BTD, entries, turns, positions_BT, segments_BT, cache, routing
+                stack_config, x_BTD, entries, where, cache, routing
             )
             aux = aux | stack_aux
         hidden_BTD = rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_eps)
@@ -163,26 +193,37 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up, in the compute dtype."""
-        out_sharding = self.rules("batch", "seq", "act_embed")
-        x_BTD = self.embed_VD[...].at[tokens_BT].get(out_sharding=out_sharding)
-        return x_BTD.astype(self.precision.compute_dtype)
+        layout, _ = layout_of(self.embed_VD, self.rules)
+        dtype = self.precision.compute_dtype
+        return island.lookup(self.embed_VD[...], layout, tokens_BT, self.rules, dtype)
 
     @property
-    def head_weight_DV(self) -> Float[Array, "D V"]:
-        """The head's matrix: a parameter of its own, or the embedding's, transposed."""
+    def head(self) -> Head:
+        """The head's matrix, a parameter of its own or the embedding's, and how it is cut."""
+        variable = self.embed_VD if self.config.tie_embeddings else self.head_DV
+        layout, kept = layout_of(variable, self.rules)
         if self.config.tie_embeddings:
-            return self.embed_VD[...].T
-        return self.head_DV[...]
+            return Head(variable[...].T, layout[::-1], kept[::-1])
+        return Head(variable[...], layout, kept)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores every token of the vocabulary, float32. Training takes the chunked loss."""
-        return self.precision.linear(
-            hidden_BTD,
-            self.head_weight_DV,
-            "btd,dv->btv",
-            role="head",
-            out_sharding=self.rules("batch", "seq", "vocab"),
-        )
+        head, dtype = self.head, self.precision.compute_dtype
+        w_DV = head.w_DV
+        if head.layout != head.kept:
+            w_DV = island.whole(w_DV, head.layout, head.kept, dtype)
+        logits_BTV = self.precision.linear(hidden_BTD, w_DV, "btd,dv->btv", role="head")
+        if apart := island.inside(head.kept[1]):
+            return jax.lax.all_gather(logits_BTV, apart, axis=2, tiled=True)
+        return logits_BTV
+
+    def row(self, positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"]) -> Row:
+        """Where tokens stand, for all layers at once."""
+        blocks = [block for s in self.config.stacks for block in s.blocks]
+        if self.config.mtp is not None:
+            blocks.append(self.config.mtp.block)
+        ropes = dict.fromkeys((block.attention.rope, block.attention.rope_dim) for block in blocks)
+        return row(positions_BT, segments_BT, ropes, self.rules)
 
     def mtp(
         self,
@@ -214,9 +255,7 @@ class Transformer(nnx.Module):
         def run(x_BTD, block, bias_E):
             return block(
                 x_BTD,
-                turns=self._turns(positions_BT),
-                positions_BT=positions_BT,
-                segments_BT=segments_BT,
+                where=self.row(positions_BT, segments_BT),
                 bias_E=bias_E,
                 routing_BTK=routing_BTK,
             )
@@ -225,19 +264,11 @@ class Transformer(nnx.Module):
         x_BTD, _, told = checkpointed(run, self.remat)(x_BTD, module.block, bias_E)
         hidden_BTD = rms_norm(x_BTD, module.final_norm_D[...], self.config.norm_eps)
         if told is None:
-            return hidden_BTD, Aux({}, {}, {})
+            return hidden_BTD, Aux({}, {}, {}, {})
         told = jax.tree.map(lambda x: x[None], told)
         return hidden_BTD, _aux("mtp", told)
 
-    def _turns(self, positions_BT) -> dict:
-        """The rotation of every distinct rope and width of the model, once for all layers."""
-        blocks = [block for s in self.config.stacks for block in s.blocks]
-        if self.config.mtp is not None:
-            blocks.append(self.config.mtp.block)
-        keys = dict.fromkeys((block.attention.rope, block.attention.rope_dim) for block in blocks)
-        return {(key, dim): rope.rotation(positions_BT, dim, key) for key, dim in keys}
-
-    def _run_stack(self, config, x_BTD, entries, turns, positions_BT, segments_BT, cache, routing):
+    def _run_stack(self, config, x_BTD, entries, where, cache, routing):
         """Scans one stack; its caches are part of the carry, its parameters are read only."""
         keys = [config.key(i) for i in range(len(config.blocks))]
         routed = [k for k, b in zip(keys, config.blocks, strict=True) if _routed(b)]
@@ -250,9 +281,7 @@ class Transformer(nnx.Module):
                 bank = banks.get(key)
                 x_BTD, written, aux = block(
                     x_BTD,
-                    turns=turns,
-                    positions_BT=positions_BT,
-                    segments_BT=segments_BT,
+                    where=where,
                     entries=entries.get(key),
                     layer=index,
                     pages=None if cache is None else cache.pages,
@@ -280,7 +309,7 @@ class Transformer(nnx.Module):
             (x_BTD, mine),
             (tuple(self.stacks[config.name]), biases, choices, index),
         )
-        aux = Aux({}, {}, {})
+        aux = Aux({}, {}, {}, {})
         for key, value in told.items():
             aux = aux | _aux(key, value)
         return x_BTD, entries | mine, aux
@@ -291,7 +320,9 @@ def _routed(block) -> bool:
 
 
 def _aux(key: str, told) -> Aux:
-    return Aux({key: told.load_E}, {key: told.balance}, {key: told.routing_BTK})
+    return Aux(
+        {key: told.load_E}, {key: told.balance}, {key: told.routing_BTK}, {key: told.overflow}
+    )
 
 
 def _bias(key: str, ffn, layers: int) -> dict[str, RouterBias]:

@@ -136,7 +136,7 @@ def memory_bytes(device: jax.Device | None = None) -> int:
     Args:
         device: the first one, if left out.
     """
-    stats = (device or jax.devices()[0]).memory_stats() or {}
+    stats = (device or jax.local_devices()[0]).memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

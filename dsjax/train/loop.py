@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
 from dsjax.checkpoint import Checkpoints, Restored, read_params
@@ -34,6 +35,7 @@ from dsjax.interop.published import (
 )
 from dsjax.interop.tensor_files import read_small
 from dsjax.interop.tokenizer import Tokenizer
+from dsjax.meshes import check_training, spread_of
 from dsjax.model.transformer import merge
 from dsjax.overrides import first_difference, to_json
 from dsjax.train.clock import Clock, Profiler
@@ -61,7 +63,9 @@ from dsjax.workdir import (
     prepare_workdir,
     read_run,
 )
-from sharding.rules import AxisRules
+from sharding import distributed, island
+from sharding.distributed import Processes
+from sharding.spread import Spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +98,11 @@ def pretrain(
     init: str | os.PathLike | None = None,
     age_s: float = 0.0,
     stop_at_step: int | None = None,
+    processes: Processes | None = None,
 ) -> PretrainResult:
     """Trains, or goes on training, the run of a folder.
 
-    SIGTERM or Ctrl-C lets the step end, saves and returns.
+    SIGTERM or Ctrl-C lets the step end, saves and returns; with several processes, in any of them.
 
     Args:
         config: what to train, and on what.
@@ -107,53 +112,97 @@ def pretrain(
             published model.
         age_s: what the process spent before this call, which goodput counts.
         stop_at_step: stops, with a checkpoint, at this step of the schedule; for tests.
+        processes: of the run, all of which call this alike (`sharding.distributed.start`); the
+            folder is one that they share. None for this process alone.
 
     Returns:
         How it went.
 
     Raises:
-        InputError: for a folder that cannot be used or holds another run, and for unusable text.
+        InputError: for a folder that cannot be used or holds another run, for unusable text, for a
+            mesh that the run does not fit, and for processes that disagree on what they run.
         RunError: if too many steps in a row are not finite, a checkpoint cannot be written, or text
             is lost on the way; the last checkpoint stays.
     """
     entered = time.monotonic()
-    run = Run(config=config, seed=seed, init=_recorded_init(workdir, init))
-    known = check_workdir(workdir, run)
+    processes = processes or Processes(refusal=InputError, loss=RunError)
+    _agree(processes, config, seed, init)
+    check_training(config)
+    spread = spread_of(config.mesh)
     plan = stages(config)
+
+    def look() -> tuple[str | None, bool]:
+        began = _recorded_init(workdir, init)
+        return began, check_workdir(workdir, Run(config=config, seed=seed, init=began))
+
+    began, known = processes.first("look", look)
+    run = Run(config=config, seed=seed, init=began)
     corpus, weights = None, None
     if known:
         tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer"))
     else:  # before anything is written: is what the run begins with good?
         if run.init is not None:
-            weights, mark = _read_init(run.init, None, plan[0].config, config.model)
+            weights, mark = _read_init(run.init, None, plan[0].config, config.model, spread)
             run = dataclasses.replace(run, init=f"{run.init}@{mark}")
         tokenizer = _first_tokenizer(config, init)
-        corpus = _open(plan, 0, tokenizer, seed)
+        corpus = _open(plan, 0, tokenizer, seed, spread)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(WorkdirLock(workdir))
-        stop = stack.enter_context(StopRequest())
+        processes.first("lock", lambda: _nothing(stack.enter_context(WorkdirLock(workdir))))
+        stop = stack.enter_context(StopRequest(processes))
         if not known:
-            prepare_workdir(workdir, run, _saving(tokenizer, init))
-        checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints, tell=_tell)
+            saving = _saving(tokenizer, init)
+            processes.first("prepare", lambda: prepare_workdir(workdir, run, saving))
+        checkpoints = Checkpoints(
+            workdir, keep=config.train.keep_checkpoints, tell=_tell, processes=processes
+        )
         stack.callback(checkpoints.close)
-        restored = checkpoints.restore_newest(_as_dict(abstract_state(config, AxisRules())))
+        like = abstract_state(config, spread.rules, spread.mesh)
+        restored = checkpoints.restore_newest(_as_dict(like))
         number = _stage_number(plan, restored.step if restored else 0)
         if corpus is None:
-            corpus = _open(plan, number, tokenizer, seed)
+            corpus = _open(plan, number, tokenizer, seed, spread)
         stack.callback(corpus.train.close)
         if restored is not None:
             corpus.train.set_state(restored.data)
             state = TrainState(**restored.state)
         else:
-            state = _first_state(run, plan[0].config, weights)
+            state = _first_state(run, plan[0].config, weights, spread)
         if known:  # only now is it certain that the run can go on
-            prepare_workdir(workdir, run, tokenizer.save)
+            processes.first("renew", lambda: prepare_workdir(workdir, run, tokenizer.save))
         spent_s = time.monotonic() - entered + age_s
         trainer = _Trainer(
-            run, plan, workdir, tokenizer, checkpoints, stop, state, restored, spent_s
+            run,
+            plan,
+            workdir,
+            tokenizer,
+            checkpoints,
+            stop,
+            processes,
+            spread,
+            state,
+            restored,
+            spent_s,
         )
         stack.callback(trainer.close)
         return trainer.go(corpus, number, stop_at_step)
+
+
+def _agree(processes: Processes, config: Config, seed: int, init: str | os.PathLike | None) -> None:
+    """Refuses processes that would not run the same."""
+    if processes.count > 1:
+        packages = ("dsjax", "sharding", "pallas_kernels")
+        what = {
+            "code": distributed.fingerprint(*packages),
+            "devices": jax.local_device_count(),
+            "seed": seed,
+            "init": None if init is None else os.fspath(init),
+            "config": to_json(config),
+        }
+        processes.agree("run", what)
+
+
+def _nothing(_: object) -> None:
+    """What a function returns that only does something."""
 
 
 def _stage_number(plan: tuple[Stage, ...], step: int) -> int:
@@ -172,6 +221,8 @@ class _Trainer:
         tokenizer: Tokenizer,
         checkpoints: Checkpoints,
         stop: StopRequest,
+        processes: Processes,
+        spread: Spread,
         state: TrainState,
         restored: Restored | None,
         spent_s: float,
@@ -185,26 +236,30 @@ class _Trainer:
             tokenizer: its tokenizer.
             checkpoints: of its folder.
             stop: asks it to stop.
+            processes: the first of which alone writes and shows how it goes.
+            spread: its devices.
             state: what to go on from.
             restored: where that came from; None for a first state.
             spent_s: what this process has spent already.
         """
         self.run, self.plan, self.workdir, self.tokenizer = run, plan, workdir, tokenizer
-        self.checkpoints, self.stop = checkpoints, stop
+        self.checkpoints, self.stop, self.spread = checkpoints, stop, spread
+        self.processes, self.is_first = processes, processes.index == 0
         self.state, self.step, self.tokens = state, 0, 0
         self.before: dict[str, float] | None = None
         if restored is not None:
             self.step, self.tokens = restored.step, restored.meta["tokens"]
             self.before = restored.meta["before"]
-        self.writer = MetricsWriter(workdir, after_step=self.step)
-        self.clock = Clock(
-            self.writer.wall_s_before, self.writer.productive_s_before, age_s=spent_s
+        self.writer = MetricsWriter(workdir, after_step=self.step) if self.is_first else None
+        before = (
+            (self.writer.wall_s_before, self.writer.productive_s_before) if self.writer else (0, 0)
         )
+        self.clock = Clock(float(before[0]), float(before[1]), age_s=spent_s)
         self.profiler = Profiler(workdir, run.config.train.profile_steps)
         device = jax.devices()[0]
         self.peak = peak_flops_per_s(device, run.config.precision.compute_dtype)
         if device.platform != "cpu":  # virtual ones share the cores
-            self.peak *= jax.device_count()
+            self.peak *= run.config.mesh.num_devices
         self.bar = tqdm(
             total=plan[-1].last_step,
             initial=self.step,
@@ -213,52 +268,56 @@ class _Trainer:
             file=sys.stderr,
             dynamic_ncols=True,
             mininterval=0.5,
+            disable=not self.is_first,
         )
 
     def close(self) -> None:
         """Ends what it tells."""
         self.bar.close()
         self.profiler.close()
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def go(self, corpus: Corpus, number: int, stop_at_step: int | None) -> PretrainResult:
         """Takes every step that is left, from stage `number` on, up to `stop_at_step`."""
         end = self.plan[-1].last_step
         last_step = end if stop_at_step is None else min(stop_at_step, end)
-        plot_schedule(self.workdir, schedule_rows(self.run.config))
+        if self.is_first:
+            plot_schedule(self.workdir, schedule_rows(self.run.config))
         while True:
             with contextlib.closing(corpus.train):
                 stage = self.plan[number]
                 after = self._run_stage(stage, corpus, min(last_step, stage.last_step))
-            if self.stop.signal_name is not None or self.step >= last_step:
+            if self.stop.agreed() is not None or self.step >= last_step:
                 break
             number += 1
-            corpus = _open(self.plan, number, self.tokenizer, self.run.seed)
+            corpus = _open(self.plan, number, self.tokenizer, self.run.seed, self.spread)
         with self.clock.saving():
             self.checkpoints.wait()
         self.bar.close()
-        plot_loss(self.workdir)
-        plot_router(self.workdir)
+        if self.is_first:
+            plot_loss(self.workdir)
+            plot_router(self.workdir)
         return PretrainResult(
             step=self.step,
             before=self.before,
             after=after,
             tokens_per_s=self.clock.tokens_per_s(),
-            stopped_by=None if after is not None else self.stop.signal_name,
+            stopped_by=None if after is not None else self.stop.agreed(),
             shares=self.clock.shares(),
         )
 
     def _run_stage(self, stage: Stage, corpus: Corpus, last_step: int) -> dict[str, float] | None:
         """Trains a stage and evaluates its end; None if a signal came before that was done."""
-        evaluate = _Evaluate(stage.config, corpus, self.stop)
+        evaluate = _Evaluate(stage.config, corpus, self.stop, self.spread)
         if self.before is None and self.step == 0:
             with self.clock.pause():
                 self.before = evaluate(self.state, None)
-            if self.before is not None and not self.writer.has(0, "eval_loss"):
+            if self.before is not None and not self._has_told():
                 self._tell_evaluation(self.before)
-        if self.stop.signal_name is None:
+        if self.stop.agreed() is None:
             self._train(stage, corpus, evaluate, last_step)
-        told = self.writer.has(self.step, "eval_loss")
+        told = self._has_told()
         if told and self.step < self.plan[-1].last_step:
             return None  # the end of a stage that another process has evaluated
         with self.clock.pause():
@@ -267,25 +326,37 @@ class _Trainer:
             self._tell_evaluation(after)
         return after
 
+    def _has_told(self) -> bool:
+        """Whether an earlier process has evaluated this step."""
+        return self.processes.first("evaluated", self._find_evaluation)
+
+    def _find_evaluation(self) -> bool:
+        return self.writer is not None and self.writer.has(self.step, "eval_loss")
+
     def _tell_evaluation(self, figures: dict[str, float]) -> None:
         row = {"step": self.step, "tokens": self.tokens, **figures}
-        self.writer.write(row | self.clock.totals())
+        self._write(row | self.clock.totals())
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(row)
 
     def _train(self, stage: Stage, corpus: Corpus, evaluate: "_Evaluate", last_step: int) -> None:
         """Takes the steps of a stage, until a signal comes."""
         config, train = stage.config, stage.config.train
-        graphdef, optimizer = blueprint(config, AxisRules())
+        graphdef, optimizer = blueprint(config, self.spread.rules)
         train_step = make_train_step(
             graphdef,
             PretrainLoss.of(config),
             optimizer,
             bias_speed=train.bias_speed,
             ema_decay=train.ema_decay,
+            spread=self.spread,
         )
         micro_batch_size = train.micro_batch_size or train.batch_size
         flops = sum(train_flops_per_token(config).values())
         self.clock.begin_stage()
-        while self.step < last_step and self.stop.signal_name is None:
+        while self.step < last_step and self.stop.agreed() is None:
             batch_size = stage.batches[self.step - stage.first_step]
             with self.clock.waiting():
                 batch = _draw(corpus, batch_size // micro_batch_size)
@@ -301,6 +372,7 @@ class _Trainer:
             self.step += 1
             self.tokens += batch_size * train.seq_len
             finite = math.isfinite(row["loss_total"]) and math.isfinite(row["grad_norm"])
+            finite = finite and row["dispatch_overflow"] == 0
             row |= self.clock.step(batch_size * train.seq_len, skipped=not finite)
             row |= {
                 "step": self.step,
@@ -317,7 +389,7 @@ class _Trainer:
             if self.step % train.eval_every_steps == 0 and self.step < last_step:
                 with self.clock.pause():
                     row |= evaluate(self.state, train.eval_batches) or {}
-            self.writer.write(row)
+            self._write(row)
             self._show(row)
             if not finite:
                 self._check_skipped(row)
@@ -335,12 +407,24 @@ class _Trainer:
     def _check_skipped(self, row: dict[str, Any]) -> None:
         in_a_row = int(self.state.extra["skipped_in_a_row"])
         most = self.run.config.train.max_skipped_steps
+        wrong = "not finite"
         told = f"loss {row['loss_total']}, gradient norm {row['grad_norm']}"
-        _tell(f"step {self.step} is not finite ({told}): skipped")
+        if row["dispatch_overflow"]:
+            wrong, told = (
+                "not whole",
+                (
+                    f"{row['dispatch_overflow']} tokens found no room with mesh.buffer_factor "
+                    f"{self.run.config.mesh.buffer_factor}"
+                ),
+            )
+        if self.is_first:
+            _tell(f"step {self.step} is {wrong} ({told}): skipped")
         if in_a_row > most:
-            raise RunError(
-                f"{in_a_row} steps in a row are not finite, the last one {self.step} ({told}); "
-                f"train.max_skipped_steps is {most}"
+            raise self.processes.everywhere(
+                RunError(
+                    f"{in_a_row} steps in a row are {wrong}, the last one {self.step} ({told}); "
+                    f"train.max_skipped_steps is {most}"
+                )
             )
 
     def _save_if_due(self, corpus: Corpus) -> None:
@@ -406,9 +490,12 @@ def _saving(
     return save
 
 
-def _open(plan: tuple[Stage, ...], number: int, tokenizer: Tokenizer, seed: int) -> Corpus:
+def _open(
+    plan: tuple[Stage, ...], number: int, tokenizer: Tokenizer, seed: int, spread: Spread
+) -> Corpus:
     train = plan[number].config.train
     micro_batch_size = train.micro_batch_size or train.batch_size
+    part, parts = spread.readers(micro_batch_size)
     return open_corpus(
         plan[number].config.data,
         tokenizer,
@@ -416,11 +503,13 @@ def _open(plan: tuple[Stage, ...], number: int, tokenizer: Tokenizer, seed: int)
         micro_batch_size=micro_batch_size,
         eval_batch_size=micro_batch_size,
         seed=(seed + number * 0x85EBCA6B) % 2**32,  # far from the seeds that people choose
+        process_index=part,
+        process_count=parts,
     )
 
 
 def _read_init(
-    folder: str, mark: str | None, config: Config, model: ModelConfig
+    folder: str, mark: str | None, config: Config, model: ModelConfig, spread: Spread
 ) -> tuple[dict[str, Any], str]:
     """The weights that a run begins with, and which they are.
 
@@ -430,6 +519,7 @@ def _read_init(
             takes the newest, or the folder as it is.
         config: of the first stage.
         model: of the whole run, which a published folder must describe.
+        spread: where they go.
     """
     if is_published(folder):
         with Published(folder) as published:
@@ -440,25 +530,28 @@ def _read_init(
             here_mark = f"sha256-{fingerprint(published.identity())[:16]}"
             if mark is not None and mark != here_mark:
                 raise InputError(f"{folder} has changed since the run began with it")
-            loaded = load(published.folder, config, rules=AxisRules())
+            loaded = load(published.folder, config, rules=spread.rules, mesh=spread.mesh)
         return {"params": loaded.params, "bias": loaded.bias}, here_mark
     if mark is not None and not mark.isdecimal():
         raise InputError(f"{folder}, the published folder that the run began with, is gone")
-    like = abstract_state(config, AxisRules())
+    like = abstract_state(config, spread.rules, spread.mesh)
     step = None if mark is None else int(mark)
     weights, step = read_params(folder, {"params": like.params, "bias": like.bias}, step)
     return weights, str(step)
 
 
-def _first_state(run: Run, config: Config, weights: dict[str, Any] | None) -> TrainState:
+def _first_state(
+    run: Run, config: Config, weights: dict[str, Any] | None, spread: Spread
+) -> TrainState:
     if run.init is None:
-        return create(config, jax.random.key(run.seed), AxisRules())
+        return create(config, jax.random.key(run.seed), spread.rules, spread.mesh)
     if weights is None:  # the run was ended before its first checkpoint
         folder, _, mark = run.init.rpartition("@")
-        weights, _ = _read_init(folder, mark, config, run.config.model)
-    _, optimizer = blueprint(config, AxisRules())
-    opt = jax.jit(optimizer.init)(weights["params"])
-    return fresh_state(config, weights["params"], weights["bias"], opt)
+        weights, _ = _read_init(folder, mark, config, run.config.model, spread)
+    _, optimizer = blueprint(config, spread.rules)
+    with spread.mesh_set():
+        opt = jax.jit(optimizer.init)(weights["params"])
+    return fresh_state(config, weights["params"], weights["bias"], opt, spread.mesh)
 
 
 def _draw(corpus: Corpus, count: int) -> dict[str, np.ndarray]:
@@ -482,14 +575,18 @@ def _schedules(config: Config, progress: float) -> dict[str, float]:
 class _Evaluate:
     """Held-out figures of a state: `eval_loss`, `bits_per_byte`, and those of its average."""
 
-    def __init__(self, config: Config, corpus: Corpus, stop: StopRequest):
-        graphdef, _ = blueprint(config, AxisRules())
-        self._corpus, self._stop = corpus, stop
+    def __init__(self, config: Config, corpus: Corpus, stop: StopRequest, spread: Spread):
+        graphdef, _ = blueprint(config, spread.rules)
+        self._corpus, self._stop, self._spread = corpus, stop, spread
         self._total_weight = sum(float(batch["weights_BT"].sum()) for batch in corpus.held_out)
 
         @jax.jit
         def nats(params, bias, batch):
-            return next_token_loss(merge(graphdef, params, bias), batch)
+            def local(params, bias, batch):
+                told = next_token_loss(merge(graphdef, params, bias), batch)
+                return island.sum_tokens(told, spread.rules)
+
+            return island.run(local, PartitionSpec(), params, bias, batch)
 
         self._nats = nats
 
@@ -517,9 +614,12 @@ class _Evaluate:
     ) -> dict[str, float] | None:
         total = weight = 0.0
         for batch in batches:
-            if stoppable and self._stop.signal_name is not None:
+            if stoppable and self._stop.agreed() is not None:
                 return None
-            total += float(self._nats(params, bias, batch))
+            rows = len(batch["weights_BT"])
+            with self._spread.mesh_set():
+                placed = self._spread(batch, rows, whole=True)
+                total += float(self._nats(params, bias, placed))
             weight += float(batch["weights_BT"].sum())
         loss = total / max(weight, 1.0)
         bits = loss * self._total_weight / math.log(2.0) / self._corpus.held_out_bytes

@@ -51,6 +51,7 @@ SCHEMA = {
     "param_norm": "global norm after the step",
     "update_norm": "global norm of the change",
     "skipped_steps": "steps so far without a finite loss and gradient",
+    "dispatch_overflow": "tokens that a bounded exchange had no room for; the step is skipped",
     "tokens_per_s": "positions a second of this step, waiting for data included",
     "share_of_peak": "the model's operations a second over what the devices could do",
     "memory_bytes": "most memory ever in use: of a device, or of the process on CPU",

@@ -54,7 +54,8 @@ def adamw(config: OptimizerConfig, decayed: dict) -> optax.GradientTransformatio
 
     def init(params):
         def zeros():
-            return jax.tree.map(lambda p: jnp.zeros(p.shape, moment_dtype), params)
+            # Like the parameters, on their devices.
+            return jax.tree.map(lambda p: jnp.zeros_like(p, moment_dtype), params)
 
         return {"count": jnp.zeros((), jnp.int32), "mu": zeros(), "nu": zeros()}
 

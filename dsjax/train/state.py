@@ -3,6 +3,7 @@
 Knows nothing about files or loops.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, no_type_check
 
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from dsjax.config import Config
+from dsjax.meshes import specs_of
 from dsjax.model.transformer import build, split
 from dsjax.train.optimizer import adamw, decays
 from sharding.init import init
@@ -49,36 +52,67 @@ def blueprint(
     return split(model)[0], adamw(config.train.optimizer, decays(model))
 
 
-def create(config: Config, key: PRNGKeyArray, rules: AxisRules) -> TrainState:
+def create(
+    config: Config, key: PRNGKeyArray, rules: AxisRules, mesh: Mesh | None = None
+) -> TrainState:
     """Makes a run's first state, committed to its devices as a restored one is.
 
     The same programs then serve both.
+
+    Args:
+        config: of the run.
+        key: of the random parameters, which are the same on every mesh.
+        rules: where each logical axis goes.
+        mesh: None for one device.
     """
     _, optimizer = blueprint(config, rules)
-    _, params, bias = split(init(build(config, rules), key, rules))
-    return fresh_state(config, params, bias, jax.jit(optimizer.init)(params))
+    with _set(mesh):
+        _, params, bias = split(init(build(config, rules), key, rules))
+        opt = jax.jit(optimizer.init)(params)
+    return fresh_state(config, params, bias, opt, mesh)
 
 
-def fresh_state(config: Config, params: Any, bias: Any, opt: Any) -> TrainState:
+def fresh_state(
+    config: Config, params: Any, bias: Any, opt: Any, mesh: Mesh | None = None
+) -> TrainState:
     """The state of a run that begins with these weights."""
-    state = _first(config, params, bias, opt)
+    with _set(mesh):
+        state = _first(config, params, bias, opt)
+    if mesh is not None:
+        return state
     return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
 
 
-def abstract_state(config: Config, rules: AxisRules) -> TrainState:
-    """Shapes, dtypes and shardings of `create`'s state, to read a saved one into."""
+def abstract_state(config: Config, rules: AxisRules, mesh: Mesh | None = None) -> TrainState:
+    """Shapes, dtypes and shardings of `create`'s state, to read a saved one into.
+
+    Raises:
+        InputError: if a dimension of a weight does not divide.
+    """
     _, optimizer = blueprint(config, rules)
     model = jax.eval_shape(build(config, rules), jax.random.key(0))
     _, params, bias = split(model)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def placed(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    by_leaf = {} if mesh is None else specs_of(config, rules, dict(mesh.shape))
 
     def first(params, bias):
         return _first(config, params, bias, optimizer.init(params))
 
-    return jax.tree.map(placed, jax.eval_shape(first, params, bias))
+    def placed(path, leaf):
+        sharding = single
+        if mesh is not None:
+            # What belongs to a parameter is named as it is, behind what it is of it.
+            names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+            tails = (".".join(names[start:]) for start in range(len(names)))
+            spec = next((by_leaf[tail] for tail in tails if tail in by_leaf), PartitionSpec())
+            sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(placed, jax.eval_shape(first, params, bias))
+
+
+def _set(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def _first(config: Config, params: Any, bias: Any, opt: Any) -> TrainState:

@@ -10,8 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ScheduleConfig
@@ -20,13 +22,15 @@ from dsjax.model.transformer import Transformer, merge
 from dsjax.train.loss import LossAux
 from dsjax.train.schedule import value_at
 from dsjax.train.state import TrainState
+from sharding import island
+from sharding.spread import Spread
 
 
 @runtime_checkable
 class Loss(Protocol):
     """What a step differentiates."""
 
-    def totals(self, batch: dict, progress: float) -> Any:
+    def totals(self, batch: dict, progress: float, over_processes: Callable) -> Any:
         """Denominators of the whole batch, on the host."""
 
     def __call__(self, model: Transformer, batch: dict, totals: Any) -> tuple[Array, LossAux]:
@@ -39,12 +43,14 @@ class TrainStep:
 
     Attributes:
         loss: gives the totals of a batch.
+        spread: how micro-batches get onto the devices.
         zero: params -> sums of nothing.
         accumulate: (params, bias, sums, micro-batch, totals) -> sums.
         apply: (state, sums, progress) -> (state, metrics).
     """
 
     loss: Loss
+    spread: Spread
     zero: Callable
     accumulate: Callable
     apply: Callable
@@ -56,9 +62,9 @@ class TrainStep:
 
         Args:
             state: donated; use the one that comes back.
-            batch: arrays of [B, ...] on the host.
+            batch: arrays of [B, ...] on the host; with several processes, of this one's rows.
             progress: share of the run's tokens seen before this step.
-            micro_batch_size: rows an `accumulate` call; must divide B.
+            micro_batch_size: rows an `accumulate` call, over all processes; must divide B.
 
         Returns:
             (the new state, metrics on device; `router/...` are [L] by stack).
@@ -66,19 +72,19 @@ class TrainStep:
         Raises:
             ValueError: if the batch does not divide into micro-batches.
         """
-        rows = next(iter(batch.values())).shape[0]
-        if rows % micro_batch_size:
-            raise ValueError(f"{rows} rows do not divide into micro-batches of {micro_batch_size}")
-        totals = self.loss.totals(batch, progress)
-        sums = self.zero(state.params, state.bias, _rows(batch, 0, micro_batch_size), totals)
-        for start in range(0, rows, micro_batch_size):
-            micro = _rows(batch, start, micro_batch_size)
-            sums = self.accumulate(state.params, state.bias, sums, micro, totals)
-        return self.apply(state, sums, jnp.float32(progress))
-
-
-def _rows(batch: dict, start: int, count: int) -> dict:
-    return {name: value[start : start + count] for name, value in batch.items()}
+        rows, here = next(iter(batch.values())).shape[0], self.spread.own_rows(micro_batch_size)
+        if rows % here:
+            raise ValueError(f"{rows} rows do not divide into micro-batches of {here}")
+        totals = self.loss.totals(batch, progress, self.spread.over_processes)
+        with self.spread.mesh_set():
+            sums = None
+            for start in range(0, rows, here):
+                micro = {name: value[start : start + here] for name, value in batch.items()}
+                micro = self.spread(micro, micro_batch_size)
+                if sums is None:
+                    sums = self.zero(state.params, state.bias, micro, totals)
+                sums = self.accumulate(state.params, state.bias, sums, micro, totals)
+            return self.apply(state, sums, np.float32(progress))
 
 
 def make_train_step(
@@ -88,10 +94,12 @@ def make_train_step(
     *,
     bias_speed: ScheduleConfig,
     ema_decay: float | None = None,
+    spread: Spread = Spread(),  # noqa: B008
 ) -> TrainStep:
     """Builds the two programs.
 
-    A step whose loss or gradient is not finite changes nothing but the counts in `extra`.
+    A step whose loss or gradient is not finite, or in which a token did not reach an expert,
+    changes nothing but the counts in `extra`.
 
     Args:
         graphdef: the model's blueprint.
@@ -99,22 +107,34 @@ def make_train_step(
         optimizer: its `update` takes `progress`.
         bias_speed: gamma of the balancing bias.
         ema_decay: of the moving average of the weights, where the state has one.
+        spread: how micro-batches get onto the devices.
     """
 
     @jax.jit  # of its own, so that `zero` and `accumulate` share one trace
     def value_and_grad(params, bias, batch, totals):
-        def of_params(params):
-            return loss(merge(graphdef, params, bias), batch, totals)
+        def local(params, bias, batch, totals):
+            model = merge(graphdef, params, bias)
 
-        (_, aux), grads = jax.value_and_grad(of_params, has_aux=True)(params)
-        return {"grads": grads, "metrics": aux.metrics, "load": aux.load}
+            def of_params(params):
+                return loss(merge(graphdef, params, bias), batch, totals)
+
+            (_, aux), grads = jax.value_and_grad(of_params, has_aux=True)(params)
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            told = {"metrics": aux.metrics, "load": aux.load, "overflow": aux.overflow}
+            return {
+                "grads": island.sum_gradients(grads, specs, model.rules),
+                **island.sum_tokens(told, model.rules),
+            }
+
+        specs = jax.tree.map(island.spec_of, params)
+        out_specs = {"grads": specs, **dict.fromkeys(("metrics", "load", "overflow"), P())}
+        return island.run(local, out_specs, params, bias, batch, totals)
 
     def zero(params, bias, batch, totals):
         shapes = jax.eval_shape(value_and_grad, params, bias, batch, totals)
-        shapes["grads"] = jax.tree.map(
-            lambda g: jax.ShapeDtypeStruct(g.shape, jnp.float32), shapes["grads"]
-        )
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes | {"grads": {}})
+        # Like the parameters, on their devices.
+        return sums | {"grads": jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)}
 
     def accumulate(params, bias, sums, batch, totals):
         new = value_and_grad(params, bias, batch, totals)
@@ -128,6 +148,7 @@ def make_train_step(
         bias = {key: update_bias(bias_LE, load[key], speed) for key, bias_LE in state.bias.items()}
         metrics = sums["metrics"] | _norms(grads, params, updates)
         finite = jnp.isfinite(metrics["loss_total"]) & jnp.isfinite(metrics["grad_norm"])
+        finite = finite & (sums["overflow"] == 0)
         # A choice a leaf, which XLA fuses into the update: no second pass over the state.
         params, bias, opt = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -143,7 +164,7 @@ def make_train_step(
             extra["ema"] = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old), ema, state.extra["ema"]
             )
-        metrics |= {"skipped_steps": extra["skipped"]}
+        metrics |= {"skipped_steps": extra["skipped"], "dispatch_overflow": sums["overflow"]}
         metrics |= {f"load/{key}": load_LE for key, load_LE in load.items()}
         metrics |= {f"bias/{key}": bias_LE for key, bias_LE in bias.items()}
         for key, load_LE in load.items():
@@ -153,6 +174,7 @@ def make_train_step(
 
     return TrainStep(
         loss=loss,
+        spread=spread,
         zero=jax.jit(zero),
         accumulate=jax.jit(accumulate, donate_argnames="sums"),
         apply=jax.jit(apply, donate_argnames="state"),

@@ -1,0 +1,111 @@
+"""Rows of the host onto the devices of a mesh, each device its own part.
+
+Knows nothing about what a row holds. With several processes each has some of the rows: those that
+its devices need.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.island import CONTEXT, row_order
+from sharding.rules import AxisRules
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Where rows go.
+
+    Attributes:
+        mesh: None for one device: everything stays as it is.
+        rules: `batch` spreads rows, `seq` the positions of each.
+    """
+
+    mesh: Mesh | None = None
+    rules: AxisRules = AxisRules()
+
+    def mesh_set(self) -> contextlib.AbstractContextManager:
+        """While entered, programs run on the mesh."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def sharding(self, ndim: int) -> NamedSharding:
+        """Of an array [B, T, ...] or [B]."""
+        assert self.mesh is not None
+        axes = [self.rules.of("batch"), self.rules.of("seq")][:ndim]
+        return NamedSharding(self.mesh, PartitionSpec(*(a or None for a in axes)))
+
+    def own_range(self, rows: int) -> range:
+        """Which of so many rows this process needs.
+
+        Raises:
+            ValueError: if rows do not divide over the devices, or are not next to each other.
+        """
+        if self.mesh is None:
+            return range(rows)
+        indices = self.sharding(1).addressable_devices_indices_map((rows,)).values()
+        found = {index[0].indices(rows)[:2] for index in indices if index is not None}
+        first, last = min(found)[0], max(found)[1]
+        if sum(stop - start for start, stop in found) != last - first:
+            raise ValueError(
+                f"the rows of process {jax.process_index()} are not neighbours: {found}"
+            )
+        return range(first, last)
+
+    def own_rows(self, rows: int) -> int:
+        """How many of so many rows this process needs."""
+        return len(self.own_range(rows))
+
+    def readers(self, rows: int) -> tuple[int, int]:
+        """(which part of the rows this process needs, of how many parts)."""
+        own = self.own_range(rows)
+        return own.start // len(own), rows // len(own)
+
+    def __call__(
+        self, batch: Mapping[str, np.ndarray], rows: int, *, whole: bool = False
+    ) -> dict[str, jax.Array | np.ndarray]:
+        """Puts a batch onto the devices.
+
+        Args:
+            batch: arrays of [B, T] or [B], of this process's rows.
+            rows: of the batch over all processes.
+            whole: every process has all rows.
+        """
+        if self.mesh is None:
+            return dict(batch)
+        first = 0 if whole else self.own_range(rows).start
+        parts = self.mesh.shape[CONTEXT] if CONTEXT in self.rules.of("seq") else 1
+        placed: dict[str, jax.Array | np.ndarray] = {}
+        for name, value in batch.items():
+            if parts > 1 and value.ndim > 1:
+                value = value[:, row_order(value.shape[1], parts)]
+
+            def part(index, value=value):
+                start, stop, _ = index[0].indices(rows)
+                return value[(slice(start - first, stop - first), *index[1:])]
+
+            placed[name] = jax.make_array_from_callback(
+                (rows, *value.shape[1:]), self.sharding(value.ndim), part
+            )
+        return placed
+
+    def over_processes(self, counts: np.ndarray) -> np.ndarray:
+        """Adds up what each process has counted in its own rows; rows of several count once."""
+        if self.mesh is None or jax.process_count() == 1:
+            return counts
+        from jax.experimental import multihost_utils
+
+        part, parts = self.readers(self.row_devices())
+        told = np.zeros((parts, len(counts)))
+        told[part] = counts
+        # The largest of zeros and what the readers of a part all say: each part once.
+        return np.asarray(multihost_utils.process_allgather(told)).max(axis=0).sum(axis=0)
+
+    def row_devices(self) -> int:
+        """Into how many parts rows are spread."""
+        if self.mesh is None:
+            return 1
+        return int(np.prod([self.mesh.shape[a] for a in self.rules.of("batch")]))
