@@ -5,9 +5,14 @@ Knows nothing about training: a state is a tree of arrays, each named by its dot
 name only after what lies on disk has been read back and agrees with the checksums that its arrays
 had in memory. Others are `<step>.unverified` (not read back yet), `.deleted` (about to go),
 `.damaged` (does not agree any more) and `.abandoned` (the run went back to before it).
+
+Several processes (`sharding.distributed`) write one checkpoint, each its shards, and read back a
+share of the arrays each. Process 0 alone makes, renames and deletes folders and tells what happens;
+a save is good, or has failed, in all of them.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -15,10 +20,12 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,9 +36,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from dsjax.checksum import checksums, host_checksum
+from dsjax.checksum import checksums, combined, host_checksum, part_sums
 from dsjax.errors import InputError, RunError
 from dsjax.workdir import check_path, one_line, sync
+from sharding.distributed import Processes
 
 
 class CheckpointError(RunError):
@@ -63,7 +71,8 @@ def print_to_stderr(line: str) -> None:
 class Checkpoints:
     """Saves and restores the state of a run by step.
 
-    One process at a time may hold a folder (`dsjax.workdir.WorkdirLock`).
+    One run at a time may hold a folder (`dsjax.workdir.WorkdirLock`). With several processes each
+    calls every method, in the same order, with the same arguments.
     """
 
     def __init__(
@@ -74,6 +83,8 @@ class Checkpoints:
         attempts: int = 3,
         retry_wait_s: float = 1.0,
         tell: Callable[[str], None] = print_to_stderr,
+        processes: Processes | None = None,
+        timeout_s: float = 1200.0,
     ):
         """Opens `workdir/checkpoints`; makes it.
 
@@ -82,7 +93,9 @@ class Checkpoints:
             keep: so many newest steps stay, at least 1.
             attempts: after so many failures in a row saving is given up.
             retry_wait_s: how long `wait` waits before it tries again; twice as long each time.
-            tell: given one line on what a person should know.
+            tell: given one line on what a person should know, in process 0.
+            processes: of the run; None for this one alone.
+            timeout_s: how long the processes wait for each other while they write.
 
         Raises:
             InputError: if nothing can be saved under this path.
@@ -93,15 +106,21 @@ class Checkpoints:
         check_path(workdir)
         _quiet()
         self._workdir, self._folder = workdir, _folder_of(workdir)
-        with one_line(RunError, f"workdir {workdir} cannot be written"):
-            self._folder.mkdir(parents=True, exist_ok=True)
+        self._processes, self._timeout_s = processes or Processes(), timeout_s
+        self._is_first = self._processes.index == 0
+        self._processes.first("checkpoints", self._make)
         self._keep, self._attempts, self._retry_wait_s = keep, attempts, retry_wait_s
-        self._tell = tell
+        self._tell = tell if self._is_first else (lambda line: None)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: _Save | None = None  # until it is known to be on disk
         self._outcome: concurrent.futures.Future[None] | None = None  # of `_last`, in the worker
         self._failures, self._why = 0, ""  # in a row, and what the last of them said
         self._good: int | None = None  # the step that this process saved or restored last
+        self._started = 0  # so many saves
+
+    def _make(self) -> None:
+        with one_line(RunError, f"workdir {self._workdir} cannot be written"):
+            self._folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, state: Any, *, data: dict, meta: dict) -> None:
         """Starts saving a step; returns once the arrays are copied.
@@ -120,18 +139,28 @@ class Checkpoints:
         """
         self._settle()
         if self._failures >= self._attempts:
-            raise CheckpointError(
-                f"{self._failures} checkpoints in a row could not be saved, the last one for: "
-                f"{self._why}; {self._newest()}"
+            raise self._processes.everywhere(
+                CheckpointError(
+                    f"{self._failures} checkpoints in a row could not be saved, the last one for: "
+                    f"{self._why}; {self._newest()}"
+                )
             )
         if step == self._good:
             return
         arrays = _by_name(state)
-        self._start(_Save(step, arrays, _json_copy(data), _manifest(step, arrays, data, meta)))
+        self._start(
+            _Save(
+                step, arrays, _json_copy(data), _manifest(step, arrays, data, meta, self._processes)
+            )
+        )
 
     def poll(self) -> CheckpointError | None:
-        """Returns, once, what the last save failed with, if it has ended and nobody was told."""
-        if self._outcome is None or not self._outcome.done():
+        """Returns, once, what the last save failed with, if it has ended and nobody was told.
+
+        Of several processes one would know before the others, and save alone: there the next `save`
+        tells it.
+        """
+        if self._processes.count > 1 or self._outcome is None or not self._outcome.done():
             return None
         return self._take_outcome()
 
@@ -151,8 +180,11 @@ class Checkpoints:
             self._start(self._last)
             self._settle()
         if self._last is not None:
-            raise CheckpointError(
-                f"checkpoint {self._last.step} could not be saved ({self._why}); {self._newest()}"
+            raise self._processes.everywhere(
+                CheckpointError(
+                    f"checkpoint {self._last.step} could not be saved ({self._why}); "
+                    f"{self._newest()}"
+                )
             )
 
     def close(self) -> None:
@@ -175,33 +207,40 @@ class Checkpoints:
                 those wanted, the first of which is named, or a step cannot be read for a reason
                 that says nothing about what it holds; that one keeps its name.
         """
-        with one_line(InputError, f"{self._folder} cannot be tidied"):
-            self._tidy()
+        steps = self._processes.first("tidy", self._tidied)
         wanted = _by_name(like)
-        steps = _steps(self._folder)
         for step, older in itertools.zip_longest(steps, steps[1:]):
             folder = self._folder / str(step)
+            where = f"checkpoint {step} of {self._workdir}"
+            restored, failure = None, None
             try:
                 saved = _read_manifest(folder)
-                _check_same(saved.arrays, wanted, f"checkpoint {step} of {self._workdir}")
-                state = _restore(folder, saved.arrays, like)
-            except _Damaged as damage:
-                told = f"checkpoint {step} {damage.says} ({damage})"
-                with one_line(InputError, f"{told}, and it cannot be renamed"):
-                    _move_aside(folder, "damaged")
+                _check_same(saved.arrays, wanted, where)
+                state = self._restore(folder, saved.arrays, like)
+                restored = Restored(step=step, state=state, data=saved.data, meta=saved.meta)
+            except (_Unreadable, InputError) as error:
+                failure = error
+            failure = self._worst(failure)
+            if isinstance(failure, _Damaged):
+                told = f"checkpoint {step} {failure.says} ({failure})"
+                self._processes.first("damage", functools.partial(self._damaged, folder, told))
                 rest = "it is the last one" if older is None else f"going back to {older}"
                 self._tell(f"{told}; {rest}")
                 continue
-            except _Unreadable as failure:
-                raise InputError(
-                    f"checkpoint {step} of {self._workdir} {failure.says} ({failure})"
-                ) from failure
+            if isinstance(failure, _Unreadable):
+                told = InputError(f"{where} {failure.says} ({failure})")
+                raise self._processes.everywhere(told) from failure
+            if failure is not None:
+                raise self._processes.everywhere(failure)
             self._good = step
-            return Restored(step=step, state=state, data=saved.data, meta=saved.meta)
+            self._processes.go_on = f"run it again to go on from checkpoint {step}"
+            return restored
         if damaged := sorted(path.name for path in self._folder.glob("*.damaged*")):
-            raise InputError(
-                f"{self._folder} holds damaged checkpoints alone ({', '.join(damaged)}); to begin "
-                "from step 0, move them elsewhere"
+            raise self._processes.everywhere(
+                InputError(
+                    f"{self._folder} holds damaged checkpoints alone ({', '.join(damaged)}); to "
+                    "begin from step 0, move them elsewhere"
+                )
             )
         return None
 
@@ -213,6 +252,10 @@ class Checkpoints:
                 moved then.
         """
         self._settle()
+        self._processes.first("rewind", functools.partial(self._rewind, step))
+        self._good = step
+
+    def _rewind(self, step: int) -> None:
         _check_step(self._workdir, step)
         try:
             _read_back(self._folder / str(step))
@@ -222,12 +265,56 @@ class Checkpoints:
             for later in _steps(self._folder):
                 if later > step:
                     _move_aside(self._folder / str(later), "abandoned")
-        self._good = step
+
+    # ---------------------------------------------------------------------------------- restoring
+
+    def _tidied(self) -> list[int]:
+        with one_line(InputError, f"{self._folder} cannot be tidied"):
+            self._tidy()
+        return _steps(self._folder)
+
+    def _damaged(self, folder: Path, told: str) -> None:
+        with one_line(InputError, f"{told}, and it cannot be renamed"):
+            _move_aside(folder, "damaged")
+
+    def _restore(self, folder: Path, saved: dict[str, "_Array"], like: Any) -> Any:
+        """Reads a whole step; of several processes each its shards, and verifies a share.
+
+        Raises:
+            _Damaged, _Unreadable: as `_read_arrays`.
+        """
+        if self._processes.count == 1:
+            return _restore(folder, saved, like)
+        for _ in _read_arrays(folder, saved, self._share(saved)):
+            pass
+        wanted, context = _by_name(like), ts.Context()
+        leaves = [_read_shards(folder, name, saved[name], wanted[name], context) for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def _share(self, saved: dict[str, "_Array"]) -> list[str]:
+        """The arrays that this process verifies: about as much as any other."""
+        large_first = sorted(saved, key=lambda name: (-math.prod(saved[name].shape), name))
+        return large_first[self._processes.index :: self._processes.count]
+
+    def _worst(self, failure: Exception | None) -> Exception | None:
+        """What reading a step came to in all processes together."""
+        kinds = {"_Unreadable": _Unreadable, "InputError": InputError, "_Damaged": _Damaged}
+        if self._processes.count == 1:
+            return failure
+        mine = "" if failure is None else f"{type(failure).__name__}:{failure}"
+        told = [text.partition(":") for text in self._processes.gather("restored", mine)]
+        for name, kind in kinds.items():
+            for found, _, text in told:
+                if found == name:
+                    return kind(text)
+        return None
 
     # ------------------------------------------------------------------------------------- saving
 
     def _start(self, save: "_Save") -> None:
-        checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._started += 1
+        attempt = f"checkpoint {save.step} ({self._started})"
+        checkpointer = self._checkpointer(attempt)
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave({n: a for n, a in save.arrays.items() if 0 not in a.shape}),
             data=ocp.args.JsonSave(save.data),
@@ -237,40 +324,122 @@ class Checkpoints:
         try:
             # Again: after one array has failed, TensorStore goes on writing the others.
             self._clear()
+            if self._processes.count > 1:
+                self._processes.first("room", self._try_to_write)
             checkpointer.save(self._unverified(save.step), args=arguments)
         except Exception as refused:  # the disk already says no; it counts like a later failure
             error = refused
         self._last = save
-        self._outcome = self._worker.submit(self._finish, save, checkpointer, error)
+        self._outcome = self._worker.submit(self._finish, save, checkpointer, attempt, error)
+
+    def _checkpointer(self, attempt: str) -> ocp.AsyncCheckpointer:
+        processes = self._processes
+        if processes.count == 1:
+            return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+        def meet(key: str, timeout_ms: int) -> None:
+            processes.meet(f"{attempt}/{key}", attempt, timeout_ms / 1000)
+
+        # Named one by one: for "all" Orbax meets through a collective on the devices, from threads
+        # that know nothing of the collectives of the training step.
+        together = ocp.options.MultiprocessingOptions(
+            primary_host=0,
+            active_processes=set(range(processes.count)),
+            barrier_sync_key_prefix=f"dsjax-{self._started}",
+        )
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=together),
+            "data": ocp.JsonCheckpointHandler(multiprocessing_options=together),
+            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=together),
+        }
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(multiprocessing_options=together), **handlers
+            ),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=max(1, round(self._timeout_s)), barrier_sync_fn=meet
+            ),
+            multiprocessing_options=together,
+        )
+
+    def _try_to_write(self) -> None:
+        """Finds a disk that refuses before the others wait for what Orbax makes in process 0."""
+        told = one_line(RunError, f"{self._folder} cannot be written")
+        with told, tempfile.TemporaryFile(dir=self._folder) as file:
+            file.write(bytes(1 << 16))
 
     def _finish(
-        self, save: "_Save", checkpointer: ocp.AsyncCheckpointer, error: Exception | None
+        self,
+        save: "_Save",
+        checkpointer: ocp.AsyncCheckpointer,
+        attempt: str,
+        error: Exception | None,
     ) -> None:
         """What the worker does: waits for Orbax, reads back, gives the name, deletes old steps."""
-        unverified, final = self._unverified(save.step), self._folder / str(save.step)
+        unverified = self._unverified(save.step)
         try:
-            try:
-                if error is not None:
-                    raise error
-            finally:
-                checkpointer.close()
-            for path in [*unverified.rglob("*"), unverified]:
-                sync(path)
-            _read_back(unverified)
-            if os.path.lexists(final):
-                _move_aside(final, "abandoned")
-            os.rename(unverified, final)
-            sync(self._folder)
+            self._together("written", attempt, functools.partial(_written, checkpointer, error))
+            if len(set(self._processes.gather("digest", save.manifest["digest"]))) > 1:
+                raise RunError("the processes have different things to save")
+            self._together("synced", attempt, functools.partial(self._sync, unverified))
+            self._together(
+                "verified", attempt, functools.partial(_read_back, unverified, self._share)
+            )
+            self._together("named", attempt, functools.partial(self._name, save.step))
         except BaseException:
             self._clear()
             raise
+        self._processes.go_on = f"run it again to go on from checkpoint {save.step}"
+        if not self._is_first:
+            return
         try:
             self._rotate(save.step)
         except (OSError, InputError) as failure:  # the next save tries again
             self._tell(f"old checkpoints in {self._folder} cannot be deleted: {_reason(failure)}")
 
+    def _together(self, part: str, attempt: str, function: Callable[[], None]) -> None:
+        """Does a part of a save; raises if it fails in any process."""
+        error: BaseException | None = None
+        try:
+            function()
+        except BaseException as failed:
+            error = failed
+            self._processes.give_up(attempt)
+        if self._processes.count == 1:
+            if error is not None:
+                raise error
+            return
+        said = self._processes.gather(part, "" if error is None else _reason(error))
+        # Who gave up because another did says nothing of its own.
+        failed = [(i, text) for i, text in enumerate(said) if text]
+        if failed:
+            number, text = min(failed, key=lambda one: "has given up" in one[1])
+            raise RunError(f"process {number}: {text}") from error
+
+    def _sync(self, unverified: Path) -> None:
+        """Brings to disk what this process has written; process 0, what is nobody's own."""
+        count = self._processes.count
+        own = f"ocdbt.process_{self._processes.index}"
+        others = {f"ocdbt.process_{i}" for i in range(count)} - {own}
+        for path in [*unverified.rglob("*"), unverified]:
+            parts = set(path.parts)
+            if own in parts or (self._is_first and not parts & others):
+                sync(path)
+
+    def _name(self, step: int) -> None:
+        """Gives a step its number."""
+        if not self._is_first:
+            return
+        final = self._folder / str(step)
+        if os.path.lexists(final):
+            _move_aside(final, "abandoned")
+        os.rename(self._unverified(step), final)
+        sync(self._folder)
+
     def _clear(self) -> None:
         """Deletes what saves that failed have left."""
+        if not self._is_first:
+            return
         for path in self._folder.glob("*.unverified*"):
             _delete(path, ignore_errors=True)
 
@@ -436,9 +605,11 @@ class _Save:
         return any(isinstance(a, jax.Array) and a.is_deleted() for a in self.arrays.values())
 
 
-def _manifest(step: int, arrays: dict[str, Any], data: dict, meta: dict) -> dict:
+def _manifest(
+    step: int, arrays: dict[str, Any], data: dict, meta: dict, processes: Processes
+) -> dict:
     """The item `meta`: the caller's, and how to tell that nothing has changed on disk."""
-    sums = _sums(arrays)
+    sums = _sums(arrays, processes)
     told = {
         name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[name]}
         for name, array in arrays.items()
@@ -447,17 +618,19 @@ def _manifest(step: int, arrays: dict[str, Any], data: dict, meta: dict) -> dict
     return _json_copy({"content": content, "digest": _digest(content)})
 
 
-def _sums(arrays: dict[str, Any]) -> dict[str, str]:
+def _sums(arrays: dict[str, Any], processes: Processes) -> dict[str, str]:
     """Sums up arrays where they lie: what lies in the host's memory without compiling anything.
 
     A program for each of 42 shapes took 2.3 s of the first save of `tiny`; NumPy takes 0.05 s of
     every save.
     """
+    if processes.count > 1:
+        parts = processes.gather("checksums", json.dumps(part_sums(arrays)))
+        return combined(map(json.loads, parts))
     on_host = all(
-        device.platform == "cpu"
+        all(device.platform == "cpu" for device in array.devices())
         for array in arrays.values()
         if isinstance(array, jax.Array)
-        for device in array.devices()
     )
     if on_host:
         return {name: host_checksum(np.asarray(array)) for name, array in arrays.items()}
@@ -520,22 +693,53 @@ def _read_arrays(
         if 0 in told.shape:  # Orbax takes none without elements
             yield name, np.zeros(told.shape, told.dtype)
             continue
-        files = {"driver": "file", "path": f"{folder / 'state'}/"}
-        store = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
-        try:
-            on_disk = ts.open({"driver": "auto", "kvstore": store}, context=context, read=True)
-            on_disk = on_disk.result()
-            if (found := f"{on_disk.dtype.name} {list(on_disk.shape)}") != _describe(told):
-                raise _Damaged(f"{name} is {found} instead of {_describe(told)}")
-            array = on_disk.read().result()
-        except _Damaged:
-            raise
-        except Exception as error:
-            kind = _Damaged if _is_damage(error) else _Unreadable
-            raise kind(f"{name}: {_reason(error)}") from error
+        with _telling(name):
+            array = _open(folder, name, told, context).read().result()
         if host_checksum(array) != told.checksum:
             raise _Damaged(f"{name}: checksum differs")
         yield name, array
+
+
+def _open(folder: Path, name: str, told: _Array, context: ts.Context) -> ts.TensorStore:
+    """Opens an array of a step; call it within `_telling`."""
+    files = {"driver": "file", "path": f"{folder / 'state'}/"}
+    store = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+    on_disk = ts.open({"driver": "auto", "kvstore": store}, context=context, read=True).result()
+    if (found := f"{on_disk.dtype.name} {list(on_disk.shape)}") != _describe(told):
+        raise _Damaged(f"{name} is {found} instead of {_describe(told)}")
+    return on_disk
+
+
+@contextlib.contextmanager
+def _telling(name: str) -> Iterator[None]:
+    """Tells what TensorStore says of an array as `_Damaged` or `_Unreadable`."""
+    try:
+        yield
+    except _Damaged:
+        raise
+    except Exception as error:
+        kind = _Damaged if _is_damage(error) else _Unreadable
+        raise kind(f"{name}: {_reason(error)}") from error
+
+
+def _read_shards(
+    folder: Path, name: str, told: _Array, like: Any, context: ts.Context
+) -> jax.Array:
+    """Reads what this process's devices need of an array; another reading verifies it.
+
+    Raises:
+        _Damaged, _Unreadable: as `_read_arrays`.
+    """
+    sharding = getattr(like, "sharding", None)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if 0 in told.shape:
+        empty = np.zeros(told.shape, told.dtype)
+        return jax.make_array_from_callback(told.shape, sharding, lambda index: empty[index])
+    with _telling(name):
+        on_disk = _open(folder, name, told, context)
+        return jax.make_array_from_callback(
+            told.shape, sharding, lambda index: on_disk[index].read().result()
+        )
 
 
 def _is_damage(error: Exception) -> bool:
@@ -552,15 +756,15 @@ def _is_damage(error: Exception) -> bool:
     return code[0] in ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
 
 
-def _read_back(folder: Path) -> None:
-    """Reads a step, all of it, and keeps nothing of its arrays.
+def _read_back(folder: Path, share: Callable[[dict[str, _Array]], Iterable[str]] = iter) -> None:
+    """Reads a step, or a share of its arrays, and keeps nothing of them.
 
     Raises:
         _Damaged: if it is not what was saved.
         _Unreadable: if nobody can know.
     """
     saved = _read_manifest(folder).arrays
-    for _ in _read_arrays(folder, saved, saved):
+    for _ in _read_arrays(folder, saved, share(saved)):
         pass
 
 
@@ -571,12 +775,28 @@ def _restore(folder: Path, saved: dict[str, _Array], like: Any) -> Any:
         _Damaged, _Unreadable: as `_read_arrays`.
     """
     wanted = _by_name(like)
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     leaves = [
-        jax.device_put(array, getattr(wanted[name], "sharding", None) or default)
+        _place(array, getattr(wanted[name], "sharding", None) or default)
         for name, array in _read_arrays(folder, saved, wanted)
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Brings an array that every process has to the devices of all."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _written(checkpointer: ocp.AsyncCheckpointer, error: Exception | None) -> None:
+    """Waits until Orbax has written, or given up."""
+    try:
+        if error is not None:
+            raise error
+    finally:
+        checkpointer.close()
 
 
 # -------------------------------------------------------------------------------- what is the same

@@ -41,6 +41,54 @@ def checksums(arrays: dict[str, Any]) -> dict[str, str]:
     return {name: _text(lanes) for name, lanes in zip(arrays, sums, strict=True)}
 
 
+def part_sums(arrays: dict[str, Any]) -> dict[str, list[int]]:
+    """What this process adds to the sums of arrays that lie on several processes' devices.
+
+    Each element is counted by one process. No device waits for another: programs with sums over
+    devices, begun one after the other, may meet in another order elsewhere and wait for ever.
+
+    Returns:
+        name -> its two lanes; those of all processes, added modulo 2**32, are `combined`'s.
+    """
+    found = {}
+    for name, array in arrays.items():
+        _word(name, array.dtype)
+        lanes = [0, 0]
+        for data, start in _own_parts(array):
+            for lane, value in enumerate(_sums_at(data, start)):
+                lanes[lane] = (lanes[lane] + int(value)) % 2**32
+        found[name] = lanes
+    return found
+
+
+def combined(parts: Iterable[dict[str, list[int]]]) -> dict[str, str]:
+    """`part_sums` of all processes -> `checksums`."""
+    total: dict[str, list[int]] = {}
+    for part in parts:
+        for name, lanes in part.items():
+            before = total.get(name, [0, 0])
+            total[name] = [(a + b) % 2**32 for a, b in zip(before, lanes, strict=True)]
+    return {name: _text(lanes) for name, lanes in total.items()}
+
+
+def _own_parts(array: Any) -> Iterable[tuple[Any, tuple[int, ...]]]:
+    """(data, coordinates of its first element) of the shards whose first copy lies here."""
+    if not isinstance(array, jax.Array):
+        return [(array, (0,) * array.ndim)] if jax.process_index() == 0 else []
+    return [
+        (shard.data, tuple(s.start or 0 for s in shard.index))
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
+
+
+def _sums_at(data: Any, start: tuple[int, ...]) -> Iterable[Any]:
+    if isinstance(data, jax.Array) and all(d.platform != "cpu" for d in data.devices()):
+        return jax.device_get(_sums_on_device(data, np.asarray(start, np.uint32)))
+    data = np.asarray(data)
+    return _sums_on_host(data.view(_word("array", data.dtype)), start)
+
+
 def host_checksum(array: np.ndarray) -> str:
     """Sums up an array in the host's memory, with little more of it; equals `checksums`."""
     words = array.view(_word("array", array.dtype))
@@ -60,7 +108,7 @@ def _text(sums: Iterable[Any]) -> str:
 
 
 @jax.jit  # one program a shape, not one a tree: leaves share few shapes, and XLA compiles slowly
-def _sums_on_device(array: Array) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
+def _sums_on_device(array: Array, start: Any = None) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
     if array.dtype == jnp.bool_:
         words = array.astype(jnp.uint32)
     else:
@@ -71,7 +119,8 @@ def _sums_on_device(array: Array) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]
         key = jnp.uint32(0)
         for dim in range(words.ndim):
             factor = jnp.uint32(pow(base, dim + 1, 1 << 32))
-            key += jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim) * factor
+            place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+            key += (place if start is None else place + start[dim]) * factor
         mixed = words ^ key
         mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(first)
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(second)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ from dsjax.interop.published import (
 )
 from dsjax.interop.tensor_files import read_small
 from dsjax.interop.tokenizer import Tokenizer
-from dsjax.meshes import mesh_of, move, placed
+from dsjax.meshes import blueprint_rules, mesh_of, move, placed
 from dsjax.model.transformer import build, merge, split
 from dsjax.overrides import override
 from dsjax.precision import Quantized
@@ -106,7 +106,7 @@ class LanguageModel:
         self.origin = origin
         self.generation = generation
         self._chat: ChatTemplate | None = None
-        rules = merge(graphdef, params, bias).rules
+        rules = blueprint_rules(graphdef)
         if rules.of("seq"):  # training cuts rows over devices; scoring and generation do not
             rules = dataclasses.replace(rules, seq=None)
             model = jax.eval_shape(build(config, rules), jax.random.key(0))
@@ -399,6 +399,12 @@ class LanguageModel:
             )
 
     def _check(self, ids: np.ndarray, positions: int) -> None:
+        leaves = jax.tree.leaves(self.params, is_leaf=_is_quantized)
+        if self._spread.mesh is not None and any(map(_is_cut, leaves)):
+            raise InputError(
+                "weights kept in FP8 can be computed with where experts alone are laid over "
+                "devices; load them as bfloat16 or float32, or with other rules"
+            )
         vocab_size, most = self.config.model.vocab_size, self.config.model.max_positions
         if not np.issubdtype(ids.dtype, np.integer):
             raise InputError(f"tokens must be integers, not {ids.dtype}")
@@ -423,7 +429,7 @@ def _logits(graphdef, params, bias, tokens_BT):
         output = model(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
         return model.logits(output.hidden_BTD)
 
-    by_row = PartitionSpec(merge(graphdef, params, bias).rules.of("batch") or None)
+    by_row = PartitionSpec(blueprint_rules(graphdef).of("batch") or None)
     return island.run(local, by_row, params, bias, tokens_BT)
 
 
@@ -596,6 +602,13 @@ def _check_part_of(published: Published, model: ModelConfig) -> None:
 
 def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
+
+
+def _is_cut(leaf: Any) -> bool:
+    """Whether a device has a part of a matrix in FP8, whose scales are of the whole."""
+    if not isinstance(leaf, Quantized) or not isinstance(leaf.q.sharding, NamedSharding):
+        return False
+    return any(leaf.q.sharding.spec[leaf.scale.ndim - 2 :])
 
 
 def _kept_in(params: dict[str, Any]) -> save.Dtype:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx.graphlib import Static
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dsjax.config import Config, MeshConfig
@@ -140,6 +141,13 @@ def move(
         raise InputError("weights kept in FP8 are laid out as they are loaded: load them again")
     like = placed(params, bias, config, rules, mesh)
     return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), (params, bias), like)
+
+
+def blueprint_rules(graphdef: nnx.GraphDef) -> AxisRules:
+    """The rules that a model's blueprint was made with."""
+    # Of a module's static fields; merging arrays to read one would take milliseconds.
+    fields = {name: field.value for name, field in graphdef.attributes if isinstance(field, Static)}
+    return fields["rules"]
 
 
 def mesh_of(params: Any) -> Mesh | None:

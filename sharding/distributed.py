@@ -196,23 +196,6 @@ class Processes:
             raise
         return value
 
-    def all_or_none(
-        self, name: str, error: BaseException | None, timeout_s: float = _LONG_S
-    ) -> tuple[str, str] | None:
-        """Tells whether every process has done its part.
-
-        Args:
-            name: of the part.
-            error: what this process's ended with; None if it is done.
-            timeout_s: how long to wait for the slowest.
-
-        Returns:
-            (number of the first process that failed, in words; its error's first line), or None.
-        """
-        said = self.gather(name, "" if error is None else _first_line(error), timeout_s)
-        failed = [i for i, text in enumerate(said) if text]
-        return (self._name(failed[0]), said[failed[0]]) if failed else None
-
     def meet(self, name: str, unless: str, timeout_s: float) -> None:
         """A barrier that a failure opens at once: for names that are unique by themselves.
 
@@ -372,12 +355,12 @@ class Processes:
             os._exit(1)
         address: str = jax_distributed.global_state.coordinator_address or ":"
         host, port = address.rsplit(":", 1)
-        for _ in range(10):  # a process that dies closes its sockets one after the other
+        for attempt in range(10):
+            time.sleep(0.2 * (attempt > 0))  # who dies closes its sockets one after the other
             try:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             except (OSError, ValueError):
                 self._end(f"{self._name(0)} is gone; the run stops; {self.go_on}")
-            time.sleep(0.2)
         os.abort()  # something else, which jax's log above tells
 
     # -------------------------------------------------------------------------------------- words

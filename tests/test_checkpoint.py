@@ -766,10 +766,10 @@ def test_nothing_is_deleted_before_a_newer_step_is_verified(tmp_path, monkeypatc
     """Looks at the folder while the read-back is held up."""
     read_back, reading, go_on = dsjax.checkpoint._read_back, threading.Event(), threading.Event()
 
-    def slow(folder):
+    def slow(*arguments):
         reading.set()
         assert go_on.wait(60)
-        read_back(folder)
+        read_back(*arguments)
 
     with opened(tmp_path, keep=1) as checkpoints:
         save(checkpoints, 1)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from dsjax.meshes import mesh_of
+from dsjax.meshes import blueprint_rules, mesh_of
 from dsjax.model.mtp import depth_segments
 from dsjax.model.transformer import Transformer, merge
 from sharding import island
@@ -38,7 +38,7 @@ def second_token_acceptance(
         ValueError: for a model without MTP.
     """
     hits = count = 0.0
-    spread = Spread(mesh_of(params), merge(graphdef, params, bias).rules)
+    spread = Spread(mesh_of(params), blueprint_rules(graphdef))
     for batch in batches:
         rows = len(batch["tokens_BT"])
         with spread.mesh_set():

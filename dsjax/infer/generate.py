@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsjax.infer.sampler import Sampling, sample
-from dsjax.meshes import mesh_of
+from dsjax.meshes import blueprint_rules, mesh_of
 from dsjax.model.cache import PAGE_SIZE, Cache, Entries, advance, contiguous_table, empty_entries
 from dsjax.model.transformer import Transformer, merge
 from dsjax.precision import Quantized
@@ -90,7 +90,7 @@ def generate(
     """
     if max_tokens < 1 or not prompts or not all(prompts):
         raise ValueError("generation needs a prompt of one token and a budget of one")
-    rules = merge(graphdef, params, bias).rules
+    rules = blueprint_rules(graphdef)
     spread, asked = Spread(mesh_of(params), rules), len(prompts)
     prompts = prompts + prompts[-1:] * (-asked % spread.row_devices())
     width = _whole_pages(max(map(len, prompts)))
@@ -142,7 +142,7 @@ def run(
     Returns:
         (tokens_BG, log_probs_BG, length_B, stopped_B) with G = budget.
     """
-    rules = merge(graphdef, params, bias).rules
+    rules = blueprint_rules(graphdef)
 
     def local(*arrays):
         return _run(graphdef, rules, budget, allowed, *arrays)

@@ -218,12 +218,6 @@ def specs_by_path(variables, rules: AxisRules, mesh: Mesh | None) -> dict:
 def _with_scales(folder, group, q, mesh, spec) -> Quantized:
     """Puts the scales of a leaf's tensors together; they are small, so each device has them all."""
     first = group[0]
-    lead_dims = len(group[0].index)
-    if any((spec or ())[lead_dims:]):
-        raise InputError(
-            f"{first.name}: a weight kept in FP8 can be laid out by whole experts alone, but the "
-            "rules cut it; load it as bfloat16 or float32"
-        )
     if any(128 % size for size in _permuted(first.layout)):
         raise InputError(f"{first.name}: FP8 blocks cross heads; load it as float32 or bfloat16")
     in_dims, parts = first.in_dims, first.parts

@@ -57,14 +57,14 @@ def read(
         dtype: what it is gathered in; None takes the compute dtype.
 
     Raises:
-        LayoutError: for a weight in FP8 that would have to be gathered.
+        LayoutError: for a weight in FP8 of which devices have parts; its scales are of the whole.
     """
     w = variable[...]
     layout, kept = layout_of(variable, rules)
+    if isinstance(w, Quantized) and any(layout[-2:]):
+        raise LayoutError("a weight kept in FP8 is used whole: lay out experts alone")
     if layout == kept:
         return w
-    if isinstance(w, Quantized):
-        raise LayoutError("a weight kept in FP8 cannot be gathered; lay out whole experts alone")
     return island.whole(w, layout, kept, dtype or precision.compute_dtype)
 
 

@@ -142,7 +142,9 @@ def pretrain(
         tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer"))
     else:  # before anything is written: is what the run begins with good?
         if run.init is not None:
-            weights, mark = _read_init(run.init, None, plan[0].config, config.model, spread)
+            weights, mark = _read_init(
+                run.init, None, plan[0].config, config.model, spread, processes
+            )
             run = dataclasses.replace(run, init=f"{run.init}@{mark}")
         tokenizer = _first_tokenizer(config, init)
         corpus = _open(plan, 0, tokenizer, seed, spread)
@@ -166,7 +168,7 @@ def pretrain(
             corpus.train.set_state(restored.data)
             state = TrainState(**restored.state)
         else:
-            state = _first_state(run, plan[0].config, weights, spread)
+            state = _first_state(run, plan[0].config, weights, spread, processes)
         if known:  # only now is it certain that the run can go on
             processes.first("renew", lambda: prepare_workdir(workdir, run, tokenizer.save))
         spent_s = time.monotonic() - entered + age_s
@@ -509,7 +511,12 @@ def _open(
 
 
 def _read_init(
-    folder: str, mark: str | None, config: Config, model: ModelConfig, spread: Spread
+    folder: str,
+    mark: str | None,
+    config: Config,
+    model: ModelConfig,
+    spread: Spread,
+    processes: Processes,
 ) -> tuple[dict[str, Any], str]:
     """The weights that a run begins with, and which they are.
 
@@ -520,6 +527,7 @@ def _read_init(
         config: of the first stage.
         model: of the whole run, which a published folder must describe.
         spread: where they go.
+        processes: of the run.
     """
     if is_published(folder):
         with Published(folder) as published:
@@ -534,20 +542,27 @@ def _read_init(
         return {"params": loaded.params, "bias": loaded.bias}, here_mark
     if mark is not None and not mark.isdecimal():
         raise InputError(f"{folder}, the published folder that the run began with, is gone")
-    like = abstract_state(config, spread.rules, spread.mesh)
     step = None if mark is None else int(mark)
+    if step is None and processes.count > 1:  # that run may go on: all take the same step
+        small = {"step": abstract_state(config, spread.rules).step}
+        step = processes.first("init", lambda: read_params(folder, small)[1])
+    like = abstract_state(config, spread.rules, spread.mesh)
     weights, step = read_params(folder, {"params": like.params, "bias": like.bias}, step)
     return weights, str(step)
 
 
 def _first_state(
-    run: Run, config: Config, weights: dict[str, Any] | None, spread: Spread
+    run: Run,
+    config: Config,
+    weights: dict[str, Any] | None,
+    spread: Spread,
+    processes: Processes,
 ) -> TrainState:
     if run.init is None:
         return create(config, jax.random.key(run.seed), spread.rules, spread.mesh)
     if weights is None:  # the run was ended before its first checkpoint
         folder, _, mark = run.init.rpartition("@")
-        weights, _ = _read_init(folder, mark, config, run.config.model, spread)
+        weights, _ = _read_init(folder, mark, config, run.config.model, spread, processes)
     _, optimizer = blueprint(config, spread.rules)
     with spread.mesh_set():
         opt = jax.jit(optimizer.init)(weights["params"])
