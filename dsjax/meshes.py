@@ -120,10 +120,11 @@ def placed(
         spec = by_name[jax.tree_util.keystr(path, simple=True, separator=".")]
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.tree_util.tree_map_with_path(leaf, params), jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), bias
-    )
+    def whole(x):  # as a step returns it: how an array lies is part of its type
+        sharding = NamedSharding(mesh, PartitionSpec(*(None,) * x.ndim))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, params), jax.tree.map(whole, bias)
 
 
 def move(

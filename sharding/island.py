@@ -13,7 +13,6 @@ cuts what is left.
 B sequences, T positions of this device, S of the whole row, V vocabulary, D width.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -98,16 +97,18 @@ def whole(w: jax.Array, layout: Layout, kept: tuple[Axes, ...], dtype: Any) -> j
     return _whole(w, tuple(gathered), jnp.dtype(dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _whole(w: jax.Array, gathered: tuple, dtype: Any) -> jax.Array:
+def _gather(w: jax.Array, gathered: tuple, dtype: Any) -> jax.Array:
     w = w.astype(dtype)
     for dim, axes in gathered:
         w = lax.all_gather(w, axes, axis=dim, tiled=True)
     return w
 
 
+_whole = jax.custom_vjp(_gather, nondiff_argnums=(1, 2))
+
+
 def _whole_forward(w, gathered, dtype):
-    return _whole(w, gathered, dtype), jnp.zeros((0,), w.dtype)
+    return _gather(w, gathered, dtype), jnp.zeros((0,), w.dtype)
 
 
 def _whole_backward(gathered, dtype, like, dw):
@@ -118,14 +119,6 @@ def _whole_backward(gathered, dtype, like, dw):
 
 
 _whole.defvjp(_whole_forward, _whole_backward)
-
-
-def is_gather(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether an operation gathers what lies on several devices.
-
-    What a backward pass keeps must not be its result: the whole of every weight would be kept.
-    """
-    return primitive is lax.all_gather_p
 
 
 def sum_gradients(gradients: Any, specs: Any, rules: AxisRules) -> Any:

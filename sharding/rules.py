@@ -82,6 +82,9 @@ class AxisRules:
     act_heads: MeshAxes = None
     act_mlp: MeshAxes = None
     exchange: Exchange = Exchange()
+    # Whether layers are computed again in the backward pass, so that none has to see to what it
+    # keeps for it: neither whole weights nor the rows of its experts.
+    recomputed: bool = False
 
     def __call__(self, *axes: str | None) -> PartitionSpec | None:
         """Lays out an array whose dimensions have these logical axes and divide.
@@ -105,7 +108,7 @@ class AxisRules:
         """
         if axis is None:
             return ()
-        known = {field.name for field in dataclasses.fields(self)} - {"exchange"}
+        known = {field.name for field in dataclasses.fields(self)} - {"exchange", "recomputed"}
         if axis not in known:
             raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join(sorted(known))}")
         found = getattr(self, axis)
@@ -190,8 +193,8 @@ PRESETS: dict[str, AxisRules] = {
         batch=("data", "fsdp", "expert"),
         seq="context",
         embed="fsdp",
-        q_latent="fsdp",
-        kv_latent="fsdp",
+        q_latent=("fsdp", "expert"),
+        kv_latent=("fsdp", "expert"),
         heads="expert",
         mlp="expert",
         vocab="expert",
@@ -202,8 +205,8 @@ PRESETS: dict[str, AxisRules] = {
         batch=("data", "fsdp", "expert"),
         seq=("context", "tensor"),
         embed="fsdp",
-        q_latent="fsdp",
-        kv_latent="fsdp",
+        q_latent=("fsdp", "expert"),
+        kv_latent=("fsdp", "expert"),
         heads=("tensor", "expert"),
         mlp=("tensor", "expert"),
         vocab=("tensor", "expert"),

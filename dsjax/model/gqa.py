@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsjax.config import GqaConfig
 from dsjax.model import rope
 from dsjax.model.cache import KeysValues, Pages, write
-from dsjax.model.layers import bias, read, weight
+from dsjax.model.layers import bias, contract, read, weight
 from dsjax.model.row import Row, attend
 from dsjax.precision import Precision
 from pallas_kernels.gqa_decode import gqa_decode
@@ -103,7 +103,7 @@ class GroupedQueryAttention(nnx.Module):
                 where.positions_BT,
                 self._scale,
             )
-        out_BTD = self.precision.linear(out_BTNH, self._read(self.w_o_NHD), "btnh,nhd->btd")
+        out_BTD = self._linear(out_BTNH, self.w_o_NHD, "btnh,nhd->btd")
         out_BTD = island.leave(out_BTD, self.rules.of("act_heads"), self.rules)
         if self.config.out_bias:
             out_BTD = out_BTD + self.b_o_D[...].astype(out_BTD.dtype)
@@ -113,17 +113,19 @@ class GroupedQueryAttention(nnx.Module):
     def _scale(self) -> float:
         return rope.softmax_scale(self.config.head_dim, self.config.rope.yarn)
 
-    def _read(self, variable):
-        return read(variable, self.rules, self.precision)
+    def _linear(self, x, variable, spec):
+        return contract(x, variable, spec, rules=self.rules, precision=self.precision)
+
+    def _bias(self, variable, dtype):
+        return self.precision.dense(read(variable, self.rules, self.precision), dtype)
 
     def _project(self, x_BTD, turn):
         """Queries and keys by head, rotated, and values."""
-        linear, dense, whole = self.precision.linear, self.precision.dense, self._read
-        q_BTNA = linear(x_BTD, whole(self.w_q_DNA), "btd,dna->btna")
-        k_BTIA = linear(x_BTD, whole(self.w_k_DIA), "btd,dia->btia")
-        v_BTIH = linear(x_BTD, whole(self.w_v_DIH), "btd,dih->btih")
+        q_BTNA = self._linear(x_BTD, self.w_q_DNA, "btd,dna->btna")
+        k_BTIA = self._linear(x_BTD, self.w_k_DIA, "btd,dia->btia")
+        v_BTIH = self._linear(x_BTD, self.w_v_DIH, "btd,dih->btih")
         if self.config.qkv_bias:
-            q_BTNA = q_BTNA + dense(whole(self.b_q_NA), q_BTNA.dtype)
-            k_BTIA = k_BTIA + dense(whole(self.b_k_IA), k_BTIA.dtype)
-            v_BTIH = v_BTIH + dense(whole(self.b_v_IH), v_BTIH.dtype)
+            q_BTNA = q_BTNA + self._bias(self.b_q_NA, q_BTNA.dtype)
+            k_BTIA = k_BTIA + self._bias(self.b_k_IA, k_BTIA.dtype)
+            v_BTIH = v_BTIH + self._bias(self.b_v_IH, v_BTIH.dtype)
         return rope.rotate(q_BTNA, turn), rope.rotate(k_BTIA, turn), v_BTIH

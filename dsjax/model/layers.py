@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dsjax.precision import Precision, Quantized
+from dsjax.precision import Precision, Quantized, Role
 from sharding import island
 from sharding.rules import AxisRules, Layout, LayoutError
 
@@ -72,6 +72,31 @@ def bias(shape: Sequence[int], axes: tuple[str | None, ...], precision: Precisio
     """Declares what is added to a projection, zeros; the optimizer lets it not decay."""
     zeros = jnp.zeros(tuple(shape), precision.param_dtype)
     return nnx.Param(zeros, axes=axes, whole=tuple(shape), decays=False)
+
+
+def contract(
+    x: Float[Array, "..."],
+    variable: nnx.Variable,
+    spec: str,
+    *,
+    rules: AxisRules,
+    precision: Precision,
+    role: Role = "linear",
+) -> Float[Array, "..."]:
+    """`Precision.linear` with a weight of which each device may store a part.
+
+    What is gathered is not kept for the backward pass, which gathers it again: the whole of every
+    layer's weights is more than a device has.
+    """
+    dtype = jnp.float32 if role == "router" else None
+
+    def product(x):
+        return precision.linear(x, read(variable, rules, precision, dtype), spec, role=role)
+
+    layout, kept = layout_of(variable, rules)
+    if layout != kept and not rules.recomputed:
+        product = jax.checkpoint(product)
+    return product(x)
 
 
 def norm_scale(size: int, axis: str | None, precision: Precision) -> nnx.Param:
@@ -140,10 +165,10 @@ class SwiGlu(nnx.Module):
     @jax.named_scope("dense_ffn")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the layer; [B, T, D] -> [B, T, D]."""
-        linear, rules, precision = self.precision.linear, self.rules, self.precision
+        rules, how = self.rules, {"rules": self.rules, "precision": self.precision}
         axes = rules.of("act_mlp")
         x_BTD = island.enter(x_BTD, axes, rules)
-        gate_up_BT2F = linear(x_BTD, read(self.w_in_D2F, rules, precision), "btd,df->btf")
+        gate_up_BT2F = contract(x_BTD, self.w_in_D2F, "btd,df->btf", **how)
         hidden_BTF = swiglu_parts(gate_up_BT2F, axes)
-        y_BTD = linear(hidden_BTF, read(self.w_down_FD, rules, precision), "btf,fd->btd")
+        y_BTD = contract(hidden_BTF, self.w_down_FD, "btf,fd->btd", **how)
         return island.leave(y_BTD, axes, rules)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsjax.config import MlaConfig
 from dsjax.model import rope
 from dsjax.model.cache import Pages, write
-from dsjax.model.layers import norm_scale, read, rms_norm, weight
+from dsjax.model.layers import contract, norm_scale, read, rms_norm, weight
 from dsjax.model.row import Row, attend
 from dsjax.precision import Precision
 from pallas_kernels.mla_decode import mla_decode
@@ -95,36 +95,36 @@ class MultiHeadLatentAttention(nnx.Module):
             out_BTNH = self._absorbed(
                 q_nope_BTNP, q_rope_BTNR, entries, layer, pages, where.positions_BT
             )
-        out_BTD = self.precision.linear(out_BTNH, self._read(self.w_o_NHD), "btnh,nhd->btd")
+        out_BTD = self._linear(out_BTNH, self.w_o_NHD, "btnh,nhd->btd")
         return island.leave(out_BTD, self.rules.of("act_heads"), self.rules), entries
 
     @property
     def _scale(self) -> float:
         return rope.softmax_scale(self.config.head_dim, self.config.rope.yarn)
 
-    def _read(self, variable):
-        return read(variable, self.rules, self.precision)
+    def _linear(self, x, variable, spec):
+        return contract(x, variable, spec, rules=self.rules, precision=self.precision)
 
     def _queries(self, x_BTD, turn):
         """V2 report, equations 12-14 and 16: queries by head, nope and rotated rope part."""
-        linear, rules, config = self.precision.linear, self.rules, self.config
+        linear, rules, config = self._linear, self.rules, self.config
         heads = rules.of("act_heads")
         if config.q_latent_dim is None:
             x_BTD = island.enter(x_BTD, heads, rules)
-            q_BTNA = linear(x_BTD, self._read(self.w_q_DNA), "btd,dna->btna")
+            q_BTNA = linear(x_BTD, self.w_q_DNA, "btd,dna->btna")
         else:
-            c_BTQ = linear(x_BTD, self._read(self.w_dq_DQ), "btd,dq->btq")
+            c_BTQ = linear(x_BTD, self.w_dq_DQ, "btd,dq->btq")
             c_BTQ = rms_norm(c_BTQ, self.q_norm_Q[...], config.latent_norm_eps)
             # The latent travels, which is narrower than x.
             c_BTQ = island.enter(c_BTQ, heads, rules)
-            q_BTNA = linear(c_BTQ, self._read(self.w_uq_QNA), "btq,qna->btna")
+            q_BTNA = linear(c_BTQ, self.w_uq_QNA, "btq,qna->btna")
         q_nope_BTNP, q_rope_BTNR = jnp.split(q_BTNA, [config.nope_dim], axis=-1)
         return q_nope_BTNP, rope.rotate(q_rope_BTNR, turn)
 
     def _entries(self, x_BTD, turn):
         """V2 report, equations 9 and 15: what is cached, [normed latent ; rotated shared key]."""
         config = self.config
-        z_BTZ = self.precision.linear(x_BTD, self._read(self.w_dkvr_DZ), "btd,dz->btz")
+        z_BTZ = self._linear(x_BTD, self.w_dkvr_DZ, "btd,dz->btz")
         latent_BTC, key_BTR = jnp.split(z_BTZ, [config.kv_latent_dim], axis=-1)
         latent_BTC = rms_norm(latent_BTC, self.kv_norm_C[...], config.latent_norm_eps)
         return jnp.concatenate([latent_BTC, rope.rotate(key_BTR, turn)], axis=-1)
@@ -137,7 +137,7 @@ class MultiHeadLatentAttention(nnx.Module):
         config = self.config
         entries_BSZ = island.whole_row(entries_BTZ, self.rules)
         latent_BSC, key_BSR = jnp.split(entries_BSZ, [config.kv_latent_dim], axis=-1)
-        kv_BSNY = self.precision.linear(latent_BSC, self._read(self.w_ukv_CNY), "btc,cny->btny")
+        kv_BSNY = self._linear(latent_BSC, self.w_ukv_CNY, "btc,cny->btny")
         k_nope_BSNP, v_BSNH = jnp.split(kv_BSNY, [config.nope_dim], axis=-1)
         k_rope_BSNR = jnp.broadcast_to(
             key_BSR[:, :, None], (*k_nope_BSNP.shape[:3], key_BSR.shape[-1])
@@ -149,7 +149,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def _absorbed(self, q_nope_BTNP, q_rope_BTNR, latent_LXSZ, layer, pages, positions_BT):
         """W^UK taken into the query, W^UV after the sum: multi-query attention over the latent."""
         config, linear = self.config, self.precision.linear
-        w_ukv_CNY = self.precision.dense(self._read(self.w_ukv_CNY))
+        w_ukv_CNY = self.precision.dense(read(self.w_ukv_CNY, self.rules, self.precision))
         w_uk_CNP, w_uv_CNH = jnp.split(w_ukv_CNY, [config.nope_dim], axis=-1)
         q_latent_BTNC = linear(q_nope_BTNP, w_uk_CNP, "btnp,cnp->btnc")
         q_BTNZ = jnp.concatenate([q_latent_BTNC, q_rope_BTNR], axis=-1)

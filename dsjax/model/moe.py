@@ -8,7 +8,6 @@ X rows of the dispatch buffer.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple, no_type_check
 
 import jax
@@ -19,10 +18,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 
 from dsjax.config import MoeConfig
 from dsjax.model import router
-from dsjax.model.layers import SwiGlu, layout_of, read, swiglu, weight
+from dsjax.model.layers import SwiGlu, contract, layout_of, read, swiglu, weight
 from dsjax.precision import Precision, Quantized
 from sharding import island
-from sharding.dispatch import PLAN, combine, dispatch
+from sharding.dispatch import PLAN, ROWS, combine, dispatch
 from sharding.rules import AxisRules
 
 
@@ -125,8 +124,8 @@ class MixtureOfExperts(nnx.Module):
         """
         config = self.config
         b, t, d = x_BTD.shape
-        w_router_DE = read(self.w_router_DE, self.rules, self.precision, jnp.float32)
-        logits_BTE = self.precision.linear(x_BTD, w_router_DE, "btd,de->bte", role="router")
+        how = {"rules": self.rules, "precision": self.precision}
+        logits_BTE = contract(x_BTD, self.w_router_DE, "btd,de->bte", role="router", **how)
         scores_BTE = router.affinities(logits_BTE, config)
         scores_UE = scores_BTE.reshape(b * t, -1)
         real_BT = segments_BT != 0
@@ -188,9 +187,7 @@ class MixtureOfExperts(nnx.Module):
         computed again: no matrix product is.
         """
         linear, rules, precision = self.precision.grouped_linear, self.rules, self.precision
-        keep = jax.checkpoint_policies.save_only_these_names(PLAN, "expert_gate_up")
 
-        @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
         def run(x_UD, gates_UK):
             x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, **self._exchange)
             with jax.named_scope("experts"):
@@ -203,6 +200,9 @@ class MixtureOfExperts(nnx.Module):
                 y_XD = linear(hidden_XF, w_down_EFD, plan.tile_expert)
             return combine(y_XD, plan), load_E, plan.overflow
 
+        if not rules.recomputed:
+            keep = jax.checkpoint_policies.save_only_these_names(PLAN, ROWS, "expert_gate_up")
+            run = jax.checkpoint(run, policy=keep, prevent_cse=False)
         return run(x_UD, gates_UK)
 
     def _routed_few(self, x_UD, gates_UK, expert_UK, stack):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsjax.config import ModelConfig
 from dsjax.model.block import Block
-from dsjax.model.layers import norm_scale, read, rms_norm, weight
+from dsjax.model.layers import contract, norm_scale, rms_norm, weight
 from dsjax.precision import Precision
 from sharding import island
 from sharding.rules import AxisRules
@@ -65,5 +65,6 @@ class MtpModule(nnx.Module):
             ],
             axis=-1,
         )
-        w_2DD = read(self.w_proj_2DD, self.rules, self.precision)
-        return self.precision.linear(both_BT2D, w_2DD, "btk,kd->btd")
+        return contract(
+            both_BT2D, self.w_proj_2DD, "btk,kd->btd", rules=self.rules, precision=self.precision
+        )

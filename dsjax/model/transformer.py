@@ -97,24 +97,18 @@ class Head(NamedTuple):
     kept: Layout
 
 
-def checkpointed(function: Callable, remat: Remat) -> Callable:
+def checkpointed(function: Callable, remat: Remat, *, in_loop: bool = True) -> Callable:
     """Wraps a layer so that its backward pass recomputes what the policy does not keep.
 
     `none` keeps everything, `dots` keeps the products of weights, `full` keeps the layer's input.
+    Outside a loop the compiler is kept from finding out that it computes the same twice.
     """
     if remat == "none":
-        if not island.inside(tuple(island.mesh_sizes())):
-            return function
-        # All but what was gathered: the whole of every weight is more than a device has.
-        return jax.checkpoint(function, policy=_all_but_gathered, prevent_cse=False)
+        return function
     policy = None
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
-
-
-def _all_but_gathered(*operation: Any, **parameters: Any) -> bool:
-    return not island.is_gather(*operation, **parameters)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)
 
 
 class Transformer(nnx.Module):
@@ -129,6 +123,7 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         key: PRNGKeyArray,
     ):
+        rules = dataclasses.replace(rules, recomputed=remat != "none")
         self.config, self.precision, self.rules, self.remat = config, precision, rules, remat
         key_embed, key_stacks, key_head, key_mtp = jax.random.split(key, 4)
         v, d = config.vocab_size, config.embed_dim
@@ -249,19 +244,19 @@ class Transformer(nnx.Module):
             (hidden states after this depth's final norm, aux under `mtp` with L = 1).
         """
         module = self.mtp_modules[depth]
-        x_BTD = module.combine(hidden_BTD, self.embed(next_tokens_BT))
         bias = self.router_bias.get("mtp")
 
-        def run(x_BTD, block, bias_E):
-            return block(
-                x_BTD,
+        def run(hidden_BTD, embedding_BTD, module, bias_E):
+            return module.block(
+                module.combine(hidden_BTD, embedding_BTD),
                 where=self.row(positions_BT, segments_BT),
                 bias_E=bias_E,
                 routing_BTK=routing_BTK,
             )
 
         bias_E = None if bias is None else bias[...][depth]
-        x_BTD, _, told = checkpointed(run, self.remat)(x_BTD, module.block, bias_E)
+        run = checkpointed(run, self.remat, in_loop=False)
+        x_BTD, _, told = run(hidden_BTD, self.embed(next_tokens_BT), module, bias_E)
         hidden_BTD = rms_norm(x_BTD, module.final_norm_D[...], self.config.norm_eps)
         if told is None:
             return hidden_BTD, Aux({}, {}, {}, {})

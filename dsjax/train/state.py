@@ -104,7 +104,9 @@ def abstract_state(config: Config, rules: AxisRules, mesh: Mesh | None = None) -
             # What belongs to a parameter is named as it is, behind what it is of it.
             names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
             tails = (".".join(names[start:]) for start in range(len(names)))
-            spec = next((by_leaf[tail] for tail in tails if tail in by_leaf), PartitionSpec())
+            spec = next((by_leaf[tail] for tail in tails if tail in by_leaf), None)
+            # As a step returns it: on an explicit mesh how an array lies is part of its type.
+            spec = PartitionSpec(*(None,) * leaf.ndim) if spec is None else spec
             sharding = NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
