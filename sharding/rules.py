@@ -86,20 +86,6 @@ class AxisRules:
     # keeps for it: neither whole weights nor the rows of its experts.
     recomputed: bool = False
 
-    def __call__(self, *axes: str | None) -> PartitionSpec | None:
-        """Lays out an array whose dimensions have these logical axes and divide.
-
-        Returns:
-            The PartitionSpec, or None where no mesh is set, so that the same code runs without.
-
-        Raises:
-            ValueError: for an axis that is none of the fields.
-        """
-        named = [self.of(axis) for axis in axes]
-        if jax.sharding.get_abstract_mesh().empty:
-            return None
-        return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in named))
-
     def of(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes of a logical axis, the outermost first.
 
@@ -143,7 +129,7 @@ class AxisRules:
         found = []
         for axis, length in zip(axes, shape, strict=True):
             over = tuple(a for a in self.of(axis) if sizes.get(a, 1) > 1 and a not in used)
-            local = self._local(axis)
+            local = self.kept(axis)
             while over and length % math.prod(sizes[a] for a in over):
                 if axis not in _STORED_ONLY or over[-1] in local:
                     parts = " x ".join(f"{a}={sizes[a]}" for a in over)
@@ -163,8 +149,11 @@ class AxisRules:
             *(a[0] if len(a) == 1 else a or None for a in self.layout(axes, shape, sizes))
         )
 
-    def _local(self, axis: str | None) -> tuple[str, ...]:
-        """Mesh axes over which a device computes with its own part of a weight's dimension."""
+    def kept(self, axis: str | None) -> tuple[str, ...]:
+        """Mesh axes over which a device computes with its own part of a weight's dimension.
+
+        Over the others it is gathered before use.
+        """
         match axis:
             case "heads":
                 return self.of("act_heads")
@@ -175,10 +164,6 @@ class AxisRules:
             case "experts":
                 return self.of("experts")
         return ()
-
-    def kept(self, axis: str | None) -> tuple[str, ...]:
-        """As `_local`: what a gather before use leaves apart."""
-        return self._local(axis)
 
 
 PRESETS: dict[str, AxisRules] = {

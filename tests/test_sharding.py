@@ -17,7 +17,7 @@ from dsjax.presets import preset
 from sharding.dispatch import block_rows, combine, dispatch, plan_dispatch
 from sharding.init import init, program
 from sharding.mesh import MeshShape, make_mesh
-from sharding.rules import AxisRules
+from sharding.rules import AxisRules, LayoutError
 from tests.helpers import assert_near
 
 # ---- rules and meshes ---------------------------------------------------------------------------
@@ -25,25 +25,31 @@ from tests.helpers import assert_near
 RULES = AxisRules(embed="fsdp", experts="expert", batch=("data", "fsdp"))
 
 
-def test_an_unknown_axis_is_refused_on_and_off_a_mesh():
-    def ask():
-        with pytest.raises(ValueError, match=r"unknown logical axis 'embd'; known: act_embed, .*"):
-            RULES("batch", None, "embd")
-
-    ask()
-    with jax.set_mesh(make_mesh(MeshShape(fsdp=2))):
-        ask()
+def test_an_unknown_axis_is_refused():
+    with pytest.raises(ValueError, match=r"unknown logical axis 'embd'; known: act_embed, .*"):
+        RULES.of("embd")
 
 
-def test_rules_lay_out_on_a_mesh_only():
-    assert RULES("batch", "seq", "embed") is None
-    with jax.set_mesh(make_mesh(MeshShape(data=2, fsdp=2))):
-        wanted = PartitionSpec(("data", "fsdp"), None, "fsdp")
-        assert RULES("batch", "seq", "embed") == wanted
-        assert RULES("experts", None) == PartitionSpec("expert", None)
-        assert RULES() == PartitionSpec()
-        assert AxisRules()("batch", "vocab") == PartitionSpec(None, None)
-    assert RULES("batch") is None
+def test_a_mesh_axis_lays_out_one_dimension():
+    sizes = {"data": 2, "fsdp": 2, "expert": 4}
+    assert RULES.spec(("experts", "embed", None), (8, 6, 5), sizes) == PartitionSpec(
+        "expert", "fsdp", None
+    )
+    assert RULES.spec(("embed", "embed"), (6, 6), sizes) == PartitionSpec("fsdp", None)
+    assert AxisRules().spec(("embed",), (6,), sizes) == PartitionSpec(None)
+    assert RULES.spec(("embed",), (5,), {"fsdp": 1}) == PartitionSpec(None)
+
+
+def test_what_is_only_stored_in_parts_may_stay_whole():
+    rules = AxisRules(heads=("tensor", "expert"), act_heads="tensor", embed="fsdp")
+    sizes = {"tensor": 2, "expert": 4, "fsdp": 4}
+    assert rules.spec(("heads",), (16,), sizes) == PartitionSpec(("tensor", "expert"))
+    assert rules.spec(("heads",), (6,), sizes) == PartitionSpec("tensor")
+    assert rules.kept("heads") == ("tensor",)
+    with pytest.raises(LayoutError, match=r"'heads' of 5 does not divide over tensor=2"):
+        rules.spec(("heads",), (5,), sizes)
+    with pytest.raises(LayoutError, match=r"'embed' of 6 does not divide over fsdp=4"):
+        rules.spec(("embed",), (6,), sizes)
 
 
 def test_rules_are_a_static_field():
