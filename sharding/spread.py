@@ -6,12 +6,14 @@ its devices need.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sharding.distributed import Processes
 from sharding.island import CONTEXT, row_order
 from sharding.rules import AxisRules
 
@@ -23,10 +25,12 @@ class Spread:
     Attributes:
         mesh: None for one device: everything stays as it is.
         rules: `batch` spreads rows, `seq` the positions of each.
+        processes: those that share the mesh; None for one.
     """
 
     mesh: Mesh | None = None
     rules: AxisRules = AxisRules()
+    processes: Processes | None = None
 
     def mesh_set(self) -> contextlib.AbstractContextManager:
         """While entered, programs run on the mesh."""
@@ -93,16 +97,17 @@ class Spread:
         return placed
 
     def over_processes(self, counts: np.ndarray) -> np.ndarray:
-        """Adds up what each process has counted in its own rows; rows of several count once."""
-        if self.mesh is None or jax.process_count() == 1:
-            return counts
-        from jax.experimental import multihost_utils
+        """Adds up what each process has counted in its own rows; rows of several count once.
 
-        part, parts = self.readers(self.row_devices())
-        told = np.zeros((parts, len(counts)))
-        told[part] = counts
-        # The largest of zeros and what the readers of a part all say: each part once.
-        return np.asarray(multihost_utils.process_allgather(told)).max(axis=0).sum(axis=0)
+        On the hosts: a sum over devices that depends on no step may run beside one, and then meets
+        it in another order elsewhere.
+        """
+        if self.mesh is None or self.processes is None or self.processes.count == 1:
+            return counts
+        part, _ = self.readers(self.row_devices())
+        said = self.processes.gather("counts", json.dumps([part, counts.tolist()]))
+        by_part = dict(map(json.loads, said))
+        return np.sum([by_part[part] for part in sorted(by_part)], axis=0)
 
     def row_devices(self) -> int:
         """Into how many parts rows are spread."""

@@ -128,7 +128,7 @@ def pretrain(
     processes = processes or Processes(refusal=InputError, loss=RunError)
     _agree(processes, config, seed, init)
     check_training(config)
-    spread = spread_of(config.mesh)
+    spread = dataclasses.replace(spread_of(config.mesh), processes=processes)
     plan = stages(config)
 
     def look() -> tuple[str | None, bool]:
