@@ -442,7 +442,7 @@ class ContextStageConfig:
     batch_size: int
     steps: int
     learning_rate: float  # constant
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = free(None)
     yarn: bool = True  # with the model's YaRN, or (a control) without
 
     def __post_init__(self):
@@ -461,7 +461,7 @@ class TrainConfig:
     batch_size: int
     total_tokens: int  # of the main stage
     # Sequences an `accumulate` call; None takes the whole batch at once.
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = free(None)
     batch_ramp: BatchRampConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     bias_speed: ScheduleConfig = constant(1e-3)  # gamma of V3 report 2.1.2
@@ -472,7 +472,7 @@ class TrainConfig:
     yarn: bool = True  # whether the main stage trains with the model's YaRN; V3's did not
     context_stages: tuple[ContextStageConfig, ...] = ()
     ema_decay: float | None = None  # of a moving average of the weights (V3 report 3.2.3)
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = free("none")
     max_skipped_steps: int = free(10)  # steps in a row without a finite loss and gradient
     eval_every_steps: int = 100
     eval_batches: int = 16  # held-out batches an evaluation; the final one takes them all
@@ -552,27 +552,26 @@ class PrecisionConfig:
 class MeshConfig:
     """Over how many devices a run is spread, and how; it may go on over others.
 
-    A run's numbers are the same on every mesh, up to the order of float32 sums.
+    A run's numbers are the same on every mesh, up to the order of float32 sums, but for `wire`.
     """
 
-    rules: Literal["single", "fsdp", "fsdp_ep", "fsdp_ep_tp", "decode"] = "single"
-    data: int = 1  # devices along each axis (`sharding.mesh`)
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
-    context: int = 1
-    stage: int = 1
+    rules: Literal["single", "fsdp", "fsdp_ep", "fsdp_ep_tp", "decode"] = free("single")
+    data: int = free(1)  # devices along each axis (`sharding.mesh`)
+    fsdp: int = free(1)
+    expert: int = free(1)
+    tensor: int = free(1)
+    context: int = free(1)
+    stage: int = free(1)
     # How tokens reach experts on other devices (`sharding.rules.Exchange`).
-    exchange: Literal["auto", "dense", "ragged"] = "auto"
-    buffer_factor: float | None = None
-    wire: Literal["full", "bfloat16"] = "full"
+    exchange: Literal["auto", "dense", "ragged"] = free("auto")
+    buffer_factor: float | None = free(None)  # a step that finds no room is not taken
+    wire: Literal["full", "bfloat16"] = "full"  # rounds what travels: not free
 
     def __post_init__(self):
         _positive(self, "data", "fsdp", "expert", "tensor", "context", "stage")
         _require(
-            self.buffer_factor is None
-            or (math.isfinite(self.buffer_factor) and self.buffer_factor > 0),
-            f"MeshConfig.buffer_factor is {self.buffer_factor}; it must be positive",
+            self.buffer_factor is None or 0 < self.buffer_factor <= 1e6,
+            f"MeshConfig.buffer_factor is {self.buffer_factor}; it must lie in (0, 1e6]",
         )
 
     @property
@@ -595,7 +594,7 @@ class Config:
     train: TrainConfig
     data: DataConfig = DataConfig()
     precision: PrecisionConfig = PrecisionConfig()
-    mesh: MeshConfig = free(MeshConfig())
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         _require(

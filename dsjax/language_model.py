@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from dsjax.checkpoint import read_params
-from dsjax.config import Config, ModelConfig, PrecisionConfig, TrainConfig
-from dsjax.errors import InputError
+from dsjax.config import Config, MeshConfig, ModelConfig, PrecisionConfig, TrainConfig
+from dsjax.errors import InputError, nearest
 from dsjax.infer.generate import Generation, generate, prepare
 from dsjax.infer.sampler import Sampling
 from dsjax.interop import hf, save
@@ -51,7 +51,7 @@ from dsjax.train.stages import stage_of
 from dsjax.workdir import CONFIG_FILE, read_run
 from sharding import island
 from sharding.init import init as init_sharded
-from sharding.rules import AxisRules
+from sharding.rules import PRESETS, AxisRules
 from sharding.spread import Spread
 
 LARGE_BYTES = 2**26  # from here on a progress bar is shown
@@ -107,8 +107,10 @@ class LanguageModel:
         self.generation = generation
         self._chat: ChatTemplate | None = None
         rules = blueprint_rules(graphdef)
-        if rules.of("seq"):  # training cuts rows over devices; scoring and generation do not
-            rules = dataclasses.replace(rules, seq=None)
+        # Training cuts rows over devices, and may bound what experts receive; here neither.
+        exact = dataclasses.replace(rules.exchange, buffer_factor=None)
+        if rules.of("seq") or rules.exchange != exact:
+            rules = dataclasses.replace(rules, seq=None, exchange=exact)
             model = jax.eval_shape(build(config, rules), jax.random.key(0))
             graphdef, _, _ = split(model)
         self._spread, self._by_row = Spread(mesh_of(params), rules), graphdef
@@ -297,17 +299,18 @@ class LanguageModel:
             seed=seed,
         )
 
-    def with_rules(self, rules: AxisRules, mesh: Mesh | None = None) -> "LanguageModel":
+    def with_rules(self, rules: AxisRules | str, mesh: Mesh | None = None) -> "LanguageModel":
         """The same model laid out by other rules: each array is moved where they put it.
 
         Args:
-            rules: where each logical axis goes.
+            rules: where each logical axis goes, or the name of a preset.
             mesh: on which; None keeps the mesh that the weights lie on, if any.
 
         Raises:
             InputError: if a weight's dimension does not divide, naming it and the devices.
         """
         mesh = mesh or mesh_of(self.params)
+        rules = _chosen(rules, mesh)
         model = jax.eval_shape(build(self.config, rules), jax.random.key(0))
         graphdef, _, _ = split(model)
         params, bias = move(self.params, self.bias, self.config, rules, mesh)
@@ -458,7 +461,7 @@ def load_pretrained(
     ema: bool = False,
     overrides: Sequence[str] = (),
     mesh: Mesh | None = None,
-    rules: AxisRules | None = None,
+    rules: AxisRules | str | None = None,
     ignore: Sequence[str] = (),
 ) -> LanguageModel:
     """Loads the model of a training run, or a published one from a Hugging Face folder.
@@ -476,7 +479,8 @@ def load_pretrained(
         ema: the moving average of a run's weights in their stead.
         overrides: `path=value` overrides of the configuration.
         mesh: devices (`sharding.mesh.make_mesh`); None takes the first one.
-        rules: where each logical axis goes on the mesh (`sharding.rules.PRESETS`).
+        rules: where each logical axis goes on the mesh, or the name of a preset of them
+            (`sharding.rules.PRESETS`); None takes "decode".
         ignore: unknown fields of `config.json` that change nothing.
 
     Raises:
@@ -484,7 +488,7 @@ def load_pretrained(
             are not those of the model that it describes.
     """
     folder = Path(path)
-    rules = rules or AxisRules()
+    rules = _chosen(rules, mesh)
     if (folder / CONFIG_FILE).is_file():
         if ignore:
             raise InputError(f"{folder} is a run; `ignore` is for published folders")
@@ -496,6 +500,22 @@ def load_pretrained(
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; nothing is downloaded here")
     raise InputError(f"{folder} holds neither {CONFIG_FILE} (a run) nor {HUGGING_FACE_FILE}")
+
+
+def _chosen(rules: AxisRules | str | None, mesh: Mesh | None) -> AxisRules:
+    """The rules that a person means."""
+    if mesh is None:
+        if isinstance(rules, str) and rules != "single":
+            raise InputError(f"rules={rules!r} lay a model out over a mesh; mesh= is missing")
+        return AxisRules() if rules is None or isinstance(rules, str) else rules
+    if set(mesh.axis_names) != set(MeshConfig().axes):
+        raise InputError(
+            f"the mesh has the axes {', '.join(mesh.axis_names)}; make it by "
+            "sharding.mesh.make_mesh, which gives it all six"
+        )
+    if isinstance(rules, str) and rules not in PRESETS:
+        raise InputError(f"unknown rules {rules!r}{nearest(rules, PRESETS)}")
+    return PRESETS[rules or "decode"] if rules is None or isinstance(rules, str) else rules
 
 
 def _load_run(

@@ -33,7 +33,8 @@ def spread_of(config: MeshConfig) -> Spread:
     """The mesh over all processes' devices, and how rows lie on it; no mesh for one device.
 
     Raises:
-        InputError: if there are not as many devices, naming both numbers.
+        InputError: if there are not as many devices, naming both numbers, if a process's border
+            cuts rows, or for an exchange that the backend has not got.
     """
     devices, rules = jax.devices(), rules_of(config)
     if config.num_devices == 1 and jax.process_count() == 1:
@@ -49,7 +50,14 @@ def spread_of(config: MeshConfig) -> Spread:
             f"{jax.process_count()} processes have {len(devices)}; with several processes all take "
             "part"
         )
-    return Spread(make_mesh(MeshShape(**config.axes)), rules)
+    if config.exchange == "ragged" and jax.default_backend() == "cpu":
+        raise InputError("mesh.exchange ragged does not run on CPUs; take auto or dense")
+    spread = Spread(make_mesh(MeshShape(**config.axes)), rules)
+    try:
+        spread.check_processes()
+    except LayoutError as error:
+        raise InputError(f"mesh ({shape}): {error}") from error
+    return spread
 
 
 def check_training(config: Config) -> None:
@@ -68,8 +76,8 @@ def check_training(config: Config) -> None:
         )
     for axis, size in mesh.axes.items():
         if size > 1 and axis not in rules.token_axes:
-            use = [name for name, known in PRESETS.items() if axis in known.token_axes]
-            told = f"; {' and '.join(use)} do" if use else ""
+            use = [name for name, r in PRESETS.items() if axis in r.token_axes if name != "decode"]
+            told = f"; {', '.join(use)} would" if use else ""
             raise InputError(
                 f"mesh.{axis} is {size}, but the rules {mesh.rules!r} lay nothing over it{told}"
             )

@@ -155,7 +155,10 @@ def check_workdir(workdir: str | os.PathLike, run: Run) -> bool:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    return {"seed": run.seed, "init": run.init, **fixed(run.config)}
+    named: dict[str, Any] = {"seed": run.seed, "init": run.init, **fixed(run.config)}
+    if (train := run.config.train).batch_ramp is not None:  # it grows by whole micro-batches
+        named["train.micro_batch_size"] = train.micro_batch_size
+    return named
 
 
 def _check_writable(workdir: Path, folder: Path) -> None:

@@ -43,7 +43,12 @@ def _body(values: flags.FlagValues) -> None:
         return
     mesh, sizes = config.mesh, config.mesh.axes
     training = mesh.rules != "decode" and mesh.num_devices > 1
+    refused = None
     if training:
+        try:
+            check_training(config)
+        except InputError as error:
+            refused = error
         config = _with_rows(config, values.rows)
         check_training(config)
     elif values.rows is not None:
@@ -59,22 +64,33 @@ def _body(values: flags.FlagValues) -> None:
     )
     table = layout_table(config, rules, sizes)
     told = ("gradient, float32",) if training else ()
+
+    def held(row):
+        return state_bytes(row, config) if training else row.numbers * row.dtype.itemsize
+
     cells: Cells = [("tensor", "shape", "stored", "at use", *told, "MB a device")]
     for row in table:
         name = row.name + (f" x{row.copies}" if row.copies > 1 else "")
         shape = " x ".join(map(str, row.shape))
-        megabytes = f"{state_bytes(row, config) / 1e6:,.1f}"
+        megabytes = f"{held(row) / 1e6:,.1f}"
         told = (row.gradient,) if training else ()
         cells.append((name, shape, row.stored, row.use, *told, megabytes))
     _print(cells)
-    total = sum(state_bytes(row, config) for row in table)
-    print(f"parameters and optimizer: {total / 1e9:,.3f} GB a device\n")
+    total = sum(map(held, table)) / 1e9
+    if training:
+        average = "" if config.train.ema_decay is None else ", average"
+        what = f"parameters, moments{average}"
+        print(f"{what}: {total:,.3f} GB a device; gradient sums and activations come on top\n")
+    else:
+        print(f"parameters: {total:,.3f} GB a device\n")
     cells = [("activation", "dims", "where it lies")]
     cells += [(a.name, " ".join(a.shape), a.stored) for a in activations(config, rules, sizes)]
     _print(cells)
     if not training:
         return
     rows, length = config.train.batch_size, config.train.seq_len
+    if refused is not None:
+        print(f"\nthe configuration as it is would not train here: {refused}")
     found = predicted(config, rules, sizes, rows=rows, seq_len=length)
     print(
         f"\na micro-batch of {rows:,} rows of {length:,} tokens, remat {config.train.remat}: what "

@@ -12,12 +12,14 @@ import dataclasses
 import os
 import sys
 
+import jax
 from absl import flags
 
 from dsjax import load_pretrained
 from dsjax.config import Config
 from dsjax.errors import InputError, RunError
 from dsjax.interop.published import Published, is_published
+from dsjax.meshes import check_training, spread_of
 from dsjax.overrides import override
 from dsjax.plan.count import parameter_counts
 from dsjax.presets import preset
@@ -105,7 +107,11 @@ def _report(values: flags.FlagValues, config: Config, result: PretrainResult) ->
     if result.tokens_per_s is not None:
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in result.shares.items())
         print(f"{result.tokens_per_s:,.0f} tokens/s; wall time: {shares}")
-    lm = load_pretrained(values.workdir)
+    mesh = spread_of(config.mesh).mesh if jax.process_count() == 1 else None
+    if config.mesh.num_devices > 1 and mesh is None:
+        print("no samples: a model of several processes; experiments.generate loads it")
+        return
+    lm = load_pretrained(values.workdir, mesh=mesh)
     assert lm.tokenizer is not None  # every run has one
     for prompt in values.sample:
         room = config.model.max_positions - len(lm.tokenizer.encode(prompt))
@@ -141,6 +147,7 @@ def _configured(values: flags.FlagValues) -> Config:
 
 
 def _dry_run(config: Config, name: str, picture: str | None) -> None:
+    check_training(config)
     if picture is not None:
         check_picture(picture)
     counts = parameter_counts(config)

@@ -31,6 +31,7 @@ from jax._src import distributed as jax_distributed
 
 AUTO = "auto"  # as a coordinator: SLURM, Kubernetes, Open MPI or a TPU's metadata know it
 _PREFIX = "dsjax"
+_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 _LONG_S = 3600.0  # others may work so long on something; a lost process is noticed far sooner
 
 
@@ -469,7 +470,7 @@ def fingerprint(*packages: str) -> dict[str, str]:
             for path in sorted(Path(folder).rglob("*.py")):
                 digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
         found[name] = digest.hexdigest()[:16]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
     return found | versions | {"python": platform.python_version()}
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 
@@ -32,4 +33,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
         raise ValueError(f"{shape} needs {math.prod(sizes)} devices; there are {len(devices)}")
     names = tuple(field.name for field in dataclasses.fields(shape))
     axis_types = (AxisType.Explicit,) * len(names)
-    return jax.make_mesh(sizes, names, axis_types=axis_types, devices=devices[: math.prod(sizes)])
+    chosen = devices[: math.prod(sizes)]
+    if chosen[0].platform == "tpu":  # a torus, whose axes may have to be split: 64 of 16 x 16 x 8
+        laid = create_device_mesh(sizes, chosen, allow_split_physical_axes=True)
+        return Mesh(laid, names, axis_types=axis_types)
+    return jax.make_mesh(sizes, names, axis_types=axis_types, devices=chosen)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.distributed import Processes
 from sharding.island import CONTEXT, row_order
-from sharding.rules import AxisRules
+from sharding.rules import AxisRules, LayoutError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +42,31 @@ class Spread:
         axes = [self.rules.of("batch"), self.rules.of("seq")][:ndim]
         return NamedSharding(self.mesh, PartitionSpec(*(a or None for a in axes)))
 
-    def own_range(self, rows: int) -> range:
-        """Which of so many rows this process needs.
+    def check_processes(self) -> None:
+        """Checks that processes have rows that can be read apart; all of them find the same.
 
         Raises:
-            ValueError: if rows do not divide over the devices, or are not next to each other.
+            LayoutError: naming two processes and their rows.
         """
+        if self.mesh is None:
+            return
+        names, batch = self.mesh.axis_names, self.rules.of("batch")
+        parts: dict[int, set[int]] = {}
+        for place, device in np.ndenumerate(self.mesh.devices):
+            at = dict(zip(names, place, strict=True))
+            part = 0
+            for axis in batch:
+                part = part * self.mesh.shape[axis] + at[axis]
+            parts.setdefault(device.process_index, set()).add(part)
+        check_parts(parts)
+
+    def own_range(self, rows: int) -> range:
+        """Which of so many rows this process needs."""
         if self.mesh is None:
             return range(rows)
         indices = self.sharding(1).addressable_devices_indices_map((rows,)).values()
         found = {index[0].indices(rows)[:2] for index in indices if index is not None}
-        first, last = min(found)[0], max(found)[1]
-        if sum(stop - start for start, stop in found) != last - first:
-            raise ValueError(
-                f"the rows of process {jax.process_index()} are not neighbours: {found}"
-            )
-        return range(first, last)
+        return range(min(found)[0], max(found)[1])
 
     def own_rows(self, rows: int) -> int:
         """How many of so many rows this process needs."""
@@ -114,3 +123,24 @@ class Spread:
         if self.mesh is None:
             return 1
         return int(np.prod([self.mesh.shape[a] for a in self.rules.of("batch")]))
+
+
+def check_parts(parts: Mapping[int, set[int]]) -> None:
+    """Checks that each process has as many parts of a batch as any, next to each other.
+
+    Args:
+        parts: of each process, the numbers of the parts that its devices need.
+
+    Raises:
+        LayoutError: naming two processes and their parts.
+    """
+    first = min(parts)
+    count = len(parts[first])
+    for process, own in sorted(parts.items()):
+        low = min(own)
+        if len(own) != count or max(own) - low + 1 != count or low % count:
+            raise LayoutError(
+                f"process {first} has the parts {sorted(parts[first])} of each batch's rows, and "
+                f"process {process} {sorted(own)}: a process's border must not cut rows; choose "
+                "context x tensor so that it divides a process's devices, or is a multiple of them"
+            )

@@ -830,13 +830,30 @@ def test_unbroken_run_equals_stop_and_resume_with_0_and_2_workers(folder, tokeni
     assert_same(unbroken[41:], second)
 
 
+def test_rows_go_on_in_micro_batches_of_another_size(folder, tokenizer):
+    """As on a mesh of other devices: row n stays row n."""
+    four = open_at(data_of(folder), tokenizer).train
+    wanted = drawn_from(four, 8)
+    four.set_state({**four.get_state(), "next": 4})
+    state = four.get_state()
+    two = open_at(data_of(folder), tokenizer, micro_batch_size=2).train
+    two.set_state(state)
+    got = drawn_from(two, 8)
+    for name in wanted[0]:
+        whole = np.concatenate([batch[name] for batch in wanted[4:]])
+        np.testing.assert_array_equal(np.concatenate([batch[name] for batch in got]), whole)
+
+
+def drawn_from(train, count):
+    return [next(train) for _ in range(count)]
+
+
 def test_state_of_another_run_is_refused_by_the_field_that_differs(folder, tokenizer):
     state = open_at(data_of(folder), tokenizer).train.get_state()
     other = Tokenizer.train(["other text"], 280)
     lines = (folder / "b.jsonl").read_bytes()
     cases = [
         ("seed was 3, is 4", {"seed": 4}, {}),
-        ("micro_batch_size was 4, is 8", {"micro_batch_size": 8}, {}),
         ("seq_len was 32, is 16", {"seq_len": 16}, {}),
         ("shuffle was True, is False", {}, {"shuffle": False}),
         ("fim_rate was 0.0, is 0.5", {}, {"fim_rate": 0.5}),
@@ -848,6 +865,11 @@ def test_state_of_another_run_is_refused_by_the_field_that_differs(folder, token
         corpus = open_at(data_of(folder, **changes), tokenizer, **numbers)
         with pytest.raises(InputError, match=f"cannot resume the data: {message}"):
             corpus.train.set_state(state)
+    state_of_3 = {**state, "next": 3}
+    with pytest.raises(
+        InputError, match="12 rows were seen, which are no whole micro-batches of 8"
+    ):
+        open_at(data_of(folder), tokenizer, micro_batch_size=8).train.set_state(state_of_3)
     with pytest.raises(InputError, match="cannot resume the data: tokenizer was"):
         open_at(data_of(folder), other).train.set_state(state)
     (folder / "b.jsonl").write_bytes(lines + json_lines(["B one more", "B and one"]))

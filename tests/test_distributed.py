@@ -15,6 +15,7 @@ import time
 import pytest
 
 from dsjax.errors import InputError
+from dsjax.meshes import check_training
 from dsjax.overrides import override
 from dsjax.presets import preset
 from dsjax.train.stop import StopRequest
@@ -305,6 +306,7 @@ def test_a_launch_file_names_flags_and_fields_that_exist(path):
     settings = re.findall(r"--set (\S+=\S+)", command)
     config = override(preset(re.search(r"--preset=(\w+)", command)[1]), *settings)
     assert config.mesh.num_devices == 32
+    check_training(config)
     coordinator = re.search(r"--coordinator=(\S+)", command)[1]
     assert coordinator == "auto" or {"process_id", "num_processes"} <= set(found)
 

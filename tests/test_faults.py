@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(unbroken, tmp
     [
         (["train.batch_size=8"], "train.batch_size: 4 there, 8 here"),
         (["data.fim_rate=0.5"], "data.fim_rate: 0.0 there, 0.5 here"),
-        (["train.micro_batch_size=1"], "train.micro_batch_size: 2 there, 1 here"),
+        (["mesh.wire=bfloat16"], "mesh.wire: full there, bfloat16 here"),
         (["model.norm_eps=1e-5"], "model.norm_eps: 1e-06 there, 1e-05 here"),
         (["data.shuffle=false"], "data.shuffle: True there, False here"),
     ],
@@ -256,7 +256,7 @@ def test_what_decides_no_number_may_change_when_a_run_goes_on(unbroken, tmp_path
     process.send_signal(signal.SIGTERM)
     process.communicate()
     changes = ["train.save_every_steps=100", "train.router_every_steps=50"]
-    changes += ["train.keep_checkpoints=1", "train.profile_steps=[30,31]"]
+    changes += ["train.keep_checkpoints=1", "train.profile_steps=[30,31]", "mesh.expert=1"]
     finish(workdir, unbroken["text"], *changes)
     assert_same_run(workdir, unbroken["workdir"])
     content = json.loads((workdir / CONFIG_FILE).read_text())

@@ -18,6 +18,7 @@ from sharding.dispatch import block_rows, combine, dispatch, plan_dispatch
 from sharding.init import init, program
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import AxisRules, LayoutError
+from sharding.spread import check_parts
 from tests.helpers import assert_near
 
 # ---- rules and meshes ---------------------------------------------------------------------------
@@ -50,6 +51,14 @@ def test_what_is_only_stored_in_parts_may_stay_whole():
         rules.spec(("heads",), (5,), sizes)
     with pytest.raises(LayoutError, match=r"'embed' of 6 does not divide over fsdp=4"):
         rules.spec(("embed",), (6,), sizes)
+
+
+def test_a_processs_border_cuts_no_rows():
+    check_parts({0: {0, 1}, 1: {2, 3}})
+    check_parts({0: {0}, 1: {0}, 2: {1}, 3: {1}})  # two processes a row
+    for parts in ({0: {0, 1}, 1: {1, 2}}, {0: {0, 2}, 1: {1, 3}}, {0: {0, 1}, 1: {2}}):
+        with pytest.raises(LayoutError, match=r"process 0 has the parts .*, and process"):
+            check_parts(parts)
 
 
 def test_rules_are_a_static_field():

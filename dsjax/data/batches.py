@@ -95,7 +95,16 @@ class TrainBatches:
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"not the state of a data iterator: {state!r:.80}") from error
         for name, value in self._made_of.items():
-            if made_of.get(name) != value:
+            if name == "micro_batch_size" and isinstance(number, int) and number >= 0:
+                # Rows have numbers of their own, so others may be taken together.
+                rows = number * int(made_of.get(name, value))
+                if rows % value:
+                    raise InputError(
+                        f"cannot resume the data: {rows} rows were seen, which are no whole "
+                        f"micro-batches of {value}"
+                    )
+                number = rows // value
+            elif made_of.get(name) != value:
                 raise InputError(f"cannot resume the data: {self._difference(name, made_of)}")
         if not isinstance(number, int) or number < 0:
             raise InputError(f"cannot resume the data at batch {number!r}")

@@ -108,7 +108,7 @@ def generate(
             jax.random.key(seed),
             np.float32(sampling.temperature),
             np.float32(sampling.top_p),
-            np.asarray(stop_ids, np.int32),
+            np.asarray(stop_ids or (-1,), np.int32),  # of no element XLA:CPU dies inside an island
             np.int32(max_tokens),
             budget=_whole_pages(max_tokens),
             allowed=allowed,

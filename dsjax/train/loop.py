@@ -127,8 +127,11 @@ def pretrain(
     entered = time.monotonic()
     processes = processes or Processes(refusal=InputError, loss=RunError)
     _agree(processes, config, seed, init)
-    check_training(config)
-    spread = dataclasses.replace(spread_of(config.mesh), processes=processes)
+    try:
+        spread = dataclasses.replace(spread_of(config.mesh), processes=processes)
+        check_training(config)
+    except InputError as error:
+        raise processes.everywhere(error) from None
     plan = stages(config)
 
     def look() -> tuple[str | None, bool]:
@@ -203,6 +206,18 @@ def _agree(processes: Processes, config: Config, seed: int, init: str | os.PathL
         processes.agree("run", what)
 
 
+def _place(config: Config, spread: Spread) -> str:
+    """One line on where a run goes on."""
+    axes = " x ".join(f"{name}={size}" for name, size in config.mesh.axes.items() if size > 1)
+    train = config.train
+    rows = train.micro_batch_size or train.batch_size
+    share = rows // spread.row_devices()
+    return (
+        f"mesh {axes or 'of one device'} ({config.mesh.rules}): {config.mesh.num_devices} of "
+        f"{jax.device_count()} devices, {share} rows of a micro-batch on each"
+    )
+
+
 def _nothing(_: object) -> None:
     """What a function returns that only does something."""
 
@@ -272,6 +287,8 @@ class _Trainer:
             mininterval=0.5,
             disable=not self.is_first,
         )
+        if self.is_first and spread.mesh is not None:
+            _tell(_place(run.config, spread))
 
     def close(self) -> None:
         """Ends what it tells."""
@@ -627,18 +644,27 @@ class _Evaluate:
     def _figures(
         self, params: Any, bias: Any, batches: list[dict[str, np.ndarray]], stoppable: bool
     ) -> dict[str, float] | None:
-        total = weight = 0.0
+        total, weight, overflow = 0.0, 0.0, 0
         for batch in batches:
             if stoppable and self._stop.agreed() is not None:
                 return None
             rows = len(batch["weights_BT"])
             with self._spread.mesh_set():
                 placed = self._spread(batch, rows, whole=True)
-                total += float(self._nats(params, bias, placed))
+                nats, lost = self._nats(params, bias, placed)
+                total, overflow = total + float(nats), overflow + int(lost)
             weight += float(batch["weights_BT"].sum())
         loss = total / max(weight, 1.0)
         bits = loss * self._total_weight / math.log(2.0) / self._corpus.held_out_bytes
-        return {"eval_loss": loss, "bits_per_byte": bits}
+        figures = {"eval_loss": loss, "bits_per_byte": bits}
+        if overflow:  # a figure that is not what it says must not look like one
+            if jax.process_index() == 0:
+                _tell(
+                    f"{overflow} held-out tokens found no room with a bounded mesh.buffer_factor: "
+                    "no held-out loss"
+                )
+            figures = dict.fromkeys(figures, math.nan) | {"eval_overflow": overflow}
+        return figures
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -197,14 +197,19 @@ class PretrainLoss:
         return total, LossAux(metrics, load, overflow)
 
 
-def next_token_loss(model: Transformer, batch: Batch) -> Float[Array, ""]:
-    """Sum over a batch of the weighted cross entropies of the next token, in nats."""
+def next_token_loss(model: Transformer, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Sum over a batch of the weighted cross entropies of the next token, in nats.
+
+    Returns:
+        (nats, tokens that did not fit the exchange between devices); on a mesh, of the device's.
+    """
     output = model(
         batch["tokens_BT"], positions_BT=batch["positions_BT"], segments_BT=batch["segments_BT"]
     )
-    return _mean_cross_entropy(
+    nats = _mean_cross_entropy(
         model, output.hidden_BTD, batch["targets_BT"], batch["weights_BT"], 1.0
     )
+    return nats, _overflow(output.aux)
 
 
 def _shift(x_BT, steps: int, rules: AxisRules = AxisRules()):  # noqa: B008

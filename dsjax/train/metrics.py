@@ -42,6 +42,7 @@ SCHEMA = {
     "loss_total": "what is minimised",
     "eval_loss": "held-out next-token cross entropy, nats a token",
     "eval_loss_ema": "the same of the moving average of the weights",
+    "eval_overflow": "held-out tokens without room in a bounded exchange; then no loss",
     "bits_per_byte": "held-out bits a byte of text",
     "bits_per_byte_ema": "the same of the moving average of the weights",
     "learning_rate": "of this step",

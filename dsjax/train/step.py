@@ -114,6 +114,9 @@ def make_train_step(
     def value_and_grad(params, bias, batch, totals):
         def local(params, bias, batch, totals):
             model = merge(graphdef, params, bias)
+            if idle := set(island.inside(tuple(island.mesh_sizes()))) - set(model.rules.token_axes):
+                # Each device along them would add the same gradient again.
+                raise ValueError(f"tokens are not spread over {', '.join(sorted(idle))}")
 
             def of_params(params):
                 return loss(merge(graphdef, params, bias), batch, totals)

@@ -31,6 +31,7 @@ cd "$REPOSITORY"
 srun --kill-on-bad-exit=1 .venv/bin/python -m experiments.pretrain \
   --coordinator=auto \
   --preset=tiny \
+  --set train.batch_size=32 \
   --workdir="$WORKDIR" \
   --set mesh.rules=fsdp_ep \
   --set mesh.fsdp=8 \

@@ -23,6 +23,7 @@ gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="
   exec .venv/bin/python -m experiments.pretrain \
     --coordinator=auto \
     --preset=tiny \
+    --set train.batch_size=32 \
     --workdir=$WORKDIR \
     --set mesh.rules=fsdp_ep \
     --set mesh.fsdp=8 \

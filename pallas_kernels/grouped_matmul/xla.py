@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST_ROWS = 2048  # of a step
 GATHERED_NUMBERS = 1 << 19  # no slower than four times as many, and a decode step stays small
 
 
@@ -73,14 +74,17 @@ def _few_tiles(x_XD, w_EDF, tile_expert, contract):
 
 
 def _window_rows(rows: int, tiles: int, num_experts: int) -> int:
-    """Rows a step: an eighth more than an expert's mean share, in whole tiles.
+    """Rows a step: an eighth more than an expert's mean share, in whole tiles, up to some 2,048.
+
+    The buffer of an exchange between devices holds far more rows than arrive.
 
     An even router then needs one product an expert. What a product costs beyond its operations is
     some 60 microseconds, as much as 80 rows of width 256 by 256.
     """
     block = rows // tiles
     share = rows + rows // 8
-    return min(rows, -(-share // (num_experts * block)) * block)
+    tiles_a_step = min(-(-share // (num_experts * block)), max(1, MOST_ROWS // block))
+    return min(rows, tiles_a_step * block)
 
 
 def _window(first: jax.Array, last: jax.Array, window: int, rows: int):

@@ -192,7 +192,7 @@ def _backward(saved, d_out):
         zeros = jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32)
         zeros, _ = _alike((zeros, q))
         dq, dk, dv = jax.lax.fori_loop(begin_j, last_j, query_tile, (dq, *zeros))
-        return dq, (dk, dv)
+        return dq, (dk.astype(k.dtype), dv.astype(v.dtype))  # stacked as they are returned
 
     begin = jnp.arange(key_tiles, dtype=jnp.int32)
     if first_tile is not None:
@@ -202,7 +202,7 @@ def _backward(saved, d_out):
     no_gradient = np.zeros(segments.shape, jax.dtypes.float0)
     of_tile = None if first_tile is None else np.zeros((), jax.dtypes.float0)
     of_integers = no_gradient, no_gradient, of_tile
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *of_integers
+    return dq.astype(q.dtype), dk, dv, *of_integers
 
 
 _attend.defvjp(_forward, _backward)
