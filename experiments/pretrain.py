@@ -111,7 +111,8 @@ def _report(values: flags.FlagValues, config: Config, result: PretrainResult) ->
     if config.mesh.num_devices > 1 and mesh is None:
         print("no samples: a model of several processes; experiments.generate loads it")
         return
-    lm = load_pretrained(values.workdir, mesh=mesh)
+    rules = config.mesh.rules if mesh is not None else None
+    lm = load_pretrained(values.workdir, mesh=mesh, rules=rules)
     assert lm.tokenizer is not None  # every run has one
     for prompt in values.sample:
         room = config.model.max_positions - len(lm.tokenizer.encode(prompt))
