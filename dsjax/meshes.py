@@ -17,9 +17,8 @@ from dsjax.config import Config, MeshConfig
 from dsjax.errors import InputError
 from dsjax.model.transformer import build
 from dsjax.precision import Quantized
-from sharding.init import specs
 from sharding.mesh import MeshShape, make_mesh
-from sharding.rules import PRESETS, AxisRules, Exchange, LayoutError
+from sharding.rules import PRESETS, AxisRules, Exchange, Layout, LayoutError, as_spec
 from sharding.spread import Spread
 
 
@@ -85,10 +84,10 @@ def check_training(config: Config) -> None:
     specs_of(config, rules, mesh.axes)
 
 
-def specs_of(
+def layouts_of(
     config: Config, rules: AxisRules, sizes: Mapping[str, int]
-) -> dict[str, PartitionSpec]:
-    """How each parameter lies on a mesh, by its dotted path.
+) -> dict[str, tuple[nnx.Variable, Layout]]:
+    """How each parameter lies on a mesh, by its dotted path, and its shape.
 
     Args:
         config: of the model.
@@ -103,10 +102,19 @@ def specs_of(
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = ".".join(map(str, path))
         try:
-            found[name] = specs(variable, rules, sizes)
+            layout = rules.layout(variable.get_metadata()["axes"], variable.shape, sizes)
         except LayoutError as error:
             raise InputError(f"{name}: {error}") from error
+        found[name] = variable, layout
     return found
+
+
+def specs_of(
+    config: Config, rules: AxisRules, sizes: Mapping[str, int]
+) -> dict[str, PartitionSpec]:
+    """`layouts_of` as PartitionSpecs."""
+    found = layouts_of(config, rules, sizes)
+    return {name: as_spec(layout) for name, (_, layout) in found.items()}
 
 
 def placed(

@@ -147,9 +147,7 @@ class AxisRules:
         self, axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
     ) -> PartitionSpec:
         """`layout` as a PartitionSpec."""
-        return PartitionSpec(
-            *(a[0] if len(a) == 1 else a or None for a in self.layout(axes, shape, sizes))
-        )
+        return as_spec(self.layout(axes, shape, sizes))
 
     def kept(self, axis: str | None) -> tuple[str, ...]:
         """Mesh axes over which a device computes with its own part of a weight's dimension.
@@ -166,6 +164,11 @@ class AxisRules:
             case "experts":
                 return self.of("experts")
         return ()
+
+
+def as_spec(layout: Layout) -> PartitionSpec:
+    """A layout as jax writes it."""
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in layout))
 
 
 PRESETS: dict[str, AxisRules] = {

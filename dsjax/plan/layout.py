@@ -12,14 +12,12 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dsjax.config import Config, MlaConfig, MoeConfig
 from dsjax.errors import InputError
-from dsjax.model.transformer import build
-from sharding.rules import PRESETS, AxisRules, Layout, LayoutError
+from dsjax.meshes import layouts_of
+from sharding.rules import PRESETS, AxisRules, Layout
 
 Axes = tuple[str, ...]
 AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -163,20 +161,15 @@ def tensors(config: Config, rules: AxisRules, sizes: Mapping[str, int]) -> dict[
     Raises:
         InputError: for a dimension that does not divide, naming the weight and the devices.
     """
-    model = jax.eval_shape(build(config, rules), jax.random.key(0))
     found = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name, axes = ".".join(map(str, path)), variable.get_metadata()["axes"]
-        try:
-            layout = rules.layout(axes, variable.shape, sizes)
-        except LayoutError as error:
-            raise InputError(f"{name}: {error}") from error
+    for name, (variable, layout) in layouts_of(config, rules, sizes).items():
+        axes = variable.get_metadata()["axes"]
         kept = tuple(
             tuple(a for a in over if a in rules.kept(axis))
             for axis, over in zip(axes, layout, strict=True)
         )
-        tied = path[-1] == "embed_VD" and config.model.tie_embeddings
-        if path[-1] == "embed_VD":  # a look-up: columns stay (`sharding.island.lookup`)
+        tied = name == "embed_VD" and config.model.tie_embeddings
+        if name == "embed_VD":  # a look-up: columns stay (`sharding.island.lookup`)
             kept = kept[0], layout[1]
         used = _flat(layout)
         found[name] = Tensor(
