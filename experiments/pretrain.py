@@ -111,8 +111,8 @@ def _report(values: flags.FlagValues, config: Config, result: PretrainResult) ->
     if config.mesh.num_devices > 1 and mesh is None:
         print("no samples: a model of several processes; experiments.generate loads it")
         return
-    rules = config.mesh.rules if mesh is not None else None
-    lm = load_pretrained(values.workdir, mesh=mesh, rules=rules)
+    where = {} if mesh is None else {"mesh": mesh, "rules": config.mesh.rules}
+    lm = load_pretrained(values.workdir, **where)
     assert lm.tokenizer is not None  # every run has one
     for prompt in values.sample:
         room = config.model.max_positions - len(lm.tokenizer.encode(prompt))

@@ -150,7 +150,7 @@ def test_the_code_has_a_fingerprint(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("a = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     before = distributed.fingerprint(package.name, "sharding")
-    assert set(before) == {package.name, "sharding", "jax", "jaxlib", "python"}
+    assert {package.name, "sharding", "jax", "jaxlib", "flax", "python"} < set(before)
     (package / "__init__.py").write_text("a = 2\n")
     after = distributed.fingerprint(package.name, "sharding")
     assert {name for name in before if before[name] != after[name]} == {package.name}

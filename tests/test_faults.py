@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(unbroken, tmp
     [
         (["train.batch_size=8"], "train.batch_size: 4 there, 8 here"),
         (["data.fim_rate=0.5"], "data.fim_rate: 0.0 there, 0.5 here"),
-        (["mesh.wire=bfloat16"], "mesh.wire: full there, bfloat16 here"),
+        (["mesh.wire=bfloat16"], "mesh.wire: 'full' there, 'bfloat16' here"),
         (["model.norm_eps=1e-5"], "model.norm_eps: 1e-06 there, 1e-05 here"),
         (["data.shuffle=false"], "data.shuffle: True there, False here"),
     ],

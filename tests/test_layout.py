@@ -502,9 +502,9 @@ def test_the_compilers_complaint_would_be_seen(compile_here):
     "case",
     [
         TRACED[3],
-        slow(TRACED[7]),
-        slow(TRACED[0]),
-        slow(TRACED[6]),
+        pytest.param(TRACED[7], marks=pytest.mark.nightly),
+        pytest.param(TRACED[0], marks=pytest.mark.nightly),
+        pytest.param(TRACED[6], marks=pytest.mark.nightly),
     ],
     ids=named,
 )

@@ -112,7 +112,7 @@ def alone(text, tmp_path_factory):
     return run.workdir
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_process_ends_all_and_others_go_on(alone, text, tmp_path):
     """Two processes of two devices; one is killed; four of one device take the run to its end."""
     layout = mesh(rules="fsdp_ep", fsdp=2, expert=2)

@@ -10,7 +10,7 @@ import pytest
 NOTEBOOK = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "quickstart.ipynb"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_the_notebook_runs_from_install_to_pictures(tmp_path, monkeypatch):
     """With fewer steps, in a kernel of its own; every picture and sample comes out."""
