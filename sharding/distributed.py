@@ -84,6 +84,8 @@ class Processes:
         if self.count == 1:
             return self
         self._on_terminate()
+        # Before the others can go on: one lost at once has been heard of, and is missed.
+        _client().key_value_set(f"{_PREFIX}/alive/{self.index}", "0", True)
         self._answered = time.monotonic()
         for body in (self._watch, self._guard):
             threading.Thread(target=body, daemon=True, name=body.__name__).start()
@@ -312,7 +314,9 @@ class Processes:
         else:
             # A collective fails at once where another process has died; who that was takes time.
             # Long enough for `_watch` to end this process with that line.
-            time.sleep(self._gone_after_s + 3 * self._period_s)
+            # XLA's errors begin with their status; others are a defect of this process alone.
+            of_xla = re.match(r"[A-Z_]+: ", str(error)) is not None
+            time.sleep((3 if of_xla else 1) * self._gone_after_s + 3 * self._period_s)
             traceback.print_exception(error)
         with contextlib.suppress(Exception):
             _publish("end", json.dumps([f"{self._name(self.index)} {word}", code]))
