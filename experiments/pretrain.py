@@ -11,6 +11,7 @@ that the run could not go on (disk full, loss not finite); what was saved is sti
 import dataclasses
 import os
 import sys
+from typing import Any
 
 import jax
 from absl import flags
@@ -111,7 +112,7 @@ def _report(values: flags.FlagValues, config: Config, result: PretrainResult) ->
     if config.mesh.num_devices > 1 and mesh is None:
         print("no samples: a model of several processes; experiments.generate loads it")
         return
-    where = {} if mesh is None else {"mesh": mesh, "rules": config.mesh.rules}
+    where: dict[str, Any] = {} if mesh is None else {"mesh": mesh, "rules": config.mesh.rules}
     lm = load_pretrained(values.workdir, **where)
     assert lm.tokenizer is not None  # every run has one
     for prompt in values.sample:
