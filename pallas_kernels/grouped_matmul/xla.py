@@ -1,4 +1,4 @@
-"""`grouped_matmul` expert by expert, with its own backward pass.
+"""`grouped_matmul` expert by expert, and the gradient of its weights.
 
 On CPU `jax.lax.ragged_dot` runs 50 to 100 times below a dense product, a batched product over
 tiles copies a weight a tile, and a loop over tiles pays for a small product each. Here each expert
@@ -8,26 +8,21 @@ are left as they are.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from pallas_kernels.tiled import Tiled, dequantize
 
 MOST_ROWS = 2048  # of a step
 GATHERED_NUMBERS = 1 << 19  # no slower than four times as many, and a decode step stays small
 
 
-@jax.custom_vjp
-def grouped_matmul(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array) -> jax.Array:
-    """See the package for arguments."""
-    return _rows(x_XD, w_EDF, tile_expert, contract=1)
-
-
-def _rows(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array, contract: int) -> jax.Array:
-    """[X, F] = x @ w (contract=1), or [X, D] = x @ w^T (contract=2)."""
+def product(
+    x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array, *, transposed: bool = False
+) -> jax.Array:
+    """[X, F] = x @ w; transposed, [X, D] = x @ w^T of x [X, F]."""
+    contract = 2 if transposed else 1
     tiles, num_experts = tile_expert.shape[0], w_EDF.shape[0]
     dimensions = (((1,), (contract - 1,)), ((), ()))
     y = jnp.zeros((x_XD.shape[0], w_EDF.shape[3 - contract]), x_XD.dtype)
-
-    def product(x, w):
-        return jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
 
     if tiles <= num_experts:  # decoding: most experts have no tile, so only the used are visited
         return _few_tiles(x_XD, w_EDF, tile_expert, contract)
@@ -39,9 +34,12 @@ def _rows(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array, contract: i
 
         def step(i, y):
             start, mine = _window(first + i * window, last, window, x_XD.shape[0])
-            new = product(jax.lax.dynamic_slice_in_dim(x_XD, start, window), w).astype(y.dtype)
+            x = jax.lax.dynamic_slice_in_dim(x_XD, start, window)
+            new = jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
             old = jax.lax.dynamic_slice_in_dim(y, start, window)
-            return jax.lax.dynamic_update_slice_in_dim(y, jnp.where(mine, new, old), start, 0)
+            return jax.lax.dynamic_update_slice_in_dim(
+                y, jnp.where(mine, new.astype(y.dtype), old), start, 0
+            )
 
         return jax.lax.fori_loop(0, -(-(last - first) // window), step, y), None
 
@@ -106,21 +104,31 @@ def _row_ranges(tile_expert: jax.Array, num_experts: int, rows: int) -> tuple[ja
     return border[:-1], border[1:]
 
 
-def _weight_gradient(
-    x_XD: jax.Array, dy_XF: jax.Array, tile_expert: jax.Array, num_experts: int
+def weight_gradient(
+    x_XD: jax.Array,
+    dy_XF: jax.Array,
+    tile_expert: jax.Array,
+    num_experts: int,
+    *,
+    rows_last: bool = False,
 ) -> jax.Array:
-    """Sums x^T dy over the rows of each expert, in float32 [E, D, F]."""
-    rows = x_XD.shape[0]
+    """Sums x^T dy over the rows of each expert, in float32 [E, D, F].
+
+    With `rows_last` the operands are [D, X] and [F, X].
+    """
+    axis = 1 if rows_last else 0
+    rows, wide = x_XD.shape[axis], 1 - axis
     window = _window_rows(rows, tile_expert.shape[0], num_experts)
-    contract_rows = (((0,), (0,)), ((), ()))
+    contract_rows = (((axis,), (axis,)), ((), ()))
 
     def expert_step(_, range_):
         first, last = range_
 
         def step(i, total):
             start, mine = _window(first + i * window, last, window, rows)
-            x = jax.lax.dynamic_slice_in_dim(x_XD, start, window)
-            dy = jax.lax.dynamic_slice_in_dim(dy_XF, start, window)
+            mine = mine.T if rows_last else mine
+            x = jax.lax.dynamic_slice_in_dim(x_XD, start, window, axis)
+            dy = jax.lax.dynamic_slice_in_dim(dy_XF, start, window, axis)
             return total + jax.lax.dot_general(
                 jnp.where(mine, x, 0),
                 jnp.where(mine, dy, 0),
@@ -128,22 +136,23 @@ def _weight_gradient(
                 preferred_element_type=jnp.float32,
             )
 
-        zero = jnp.zeros((x_XD.shape[1], dy_XF.shape[1]), jnp.float32)
+        zero = jnp.zeros((x_XD.shape[wide], dy_XF.shape[wide]), jnp.float32)
         return None, jax.lax.fori_loop(0, -(-(last - first) // window), step, zero)
 
     return jax.lax.scan(expert_step, None, _row_ranges(tile_expert, num_experts, rows))[1]
 
 
-def _forward(x_XD, w_EDF, tile_expert):
-    return grouped_matmul(x_XD, w_EDF, tile_expert), (x_XD, w_EDF, tile_expert)
+def fp8_product(
+    x_XK: Tiled, w_ENK: Tiled, tile_expert: jax.Array, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """`product` of what the FP8 numbers stand for, made wide first."""
+    y_XN = product(dequantize(x_XK), dequantize(w_ENK), tile_expert, transposed=True)
+    return y_XN.astype(out_dtype)
 
 
-def _backward(saved, dy_XF):
-    x_XD, w_EDF, tile_expert = saved
-    dx_XD = _rows(dy_XF, w_EDF, tile_expert, contract=2)
-    dw_EDF = _weight_gradient(x_XD, dy_XF, tile_expert, w_EDF.shape[0])
-    no_gradient = np.zeros(tile_expert.shape, jax.dtypes.float0)
-    return dx_XD, dw_EDF.astype(w_EDF.dtype), no_gradient
-
-
-grouped_matmul.defvjp(_forward, _backward)
+def fp8_weight_gradient(
+    x_DX: Tiled, dy_FX: Tiled, tile_expert: jax.Array, num_experts: int
+) -> jax.Array:
+    """`weight_gradient` of what the FP8 numbers stand for, made wide first."""
+    x, dy = dequantize(x_DX), dequantize(dy_FX)
+    return weight_gradient(x, dy, tile_expert, num_experts, rows_last=True)
