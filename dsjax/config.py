@@ -472,7 +472,7 @@ class TrainConfig:
     yarn: bool = True  # whether the main stage trains with the model's YaRN; V3's did not
     context_stages: tuple[ContextStageConfig, ...] = ()
     ema_decay: float | None = None  # of a moving average of the weights (V3 report 3.2.3)
-    remat: Literal["none", "dots", "full"] = free("none")
+    remat: Literal["none", "dots", "selective", "full"] = free("none")
     max_skipped_steps: int = free(10)  # steps in a row without a finite loss and gradient
     eval_every_steps: int = 100
     eval_batches: int = 16  # held-out batches an evaluation; the final one takes them all
@@ -546,6 +546,11 @@ class PrecisionConfig:
 
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    # `fp8` runs the three products of every linear layer in FP8 with a scale for every tile, and
+    # rows cross to experts in it; embedding, head, router, norms and attention stay as they are
+    # (V3 report 3.3).
+    recipe: Literal["plain", "fp8"] = "plain"
+    scale: Literal["float32", "power_of_two"] = "float32"  # of FP8's tiles; V3.1's are powers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Dtype roles, weights kept in FP8, and the one place where a weight is contracted.
 
 Knows nothing about layers. Every weight contraction of the model goes through `Precision.linear`,
-so that a recipe (BF16, FP8 with block scales) is a change here and nowhere else.
+or, where the recipe is FP8, through `dsjax.model.fp8`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import PrecisionConfig
 from pallas_kernels.grouped_matmul import grouped_matmul
 
-Role = Literal["linear", "router", "head"]
+Role = Literal["linear", "wide", "router", "head"]
 BLOCK = 128  # rows and columns of a weight that share one scale (V3 report, section 3.3.2)
 
 
@@ -77,13 +77,23 @@ class Precision:
 
     param_dtype: jnp.dtype
     compute_dtype: jnp.dtype
+    recipe: Literal["plain", "fp8"] = "plain"
+    scale: Literal["float32", "power_of_two"] = "float32"
 
     @classmethod
     def of(cls, config: PrecisionConfig) -> "Precision":
         """Resolves the dtype names of a configuration."""
         return cls(
-            param_dtype=jnp.dtype(config.param_dtype), compute_dtype=jnp.dtype(config.compute_dtype)
+            param_dtype=jnp.dtype(config.param_dtype),
+            compute_dtype=jnp.dtype(config.compute_dtype),
+            recipe=config.recipe,
+            scale=config.scale,
         )
+
+    @property
+    def attention_kept(self) -> Literal["as_is", "e5m6"]:
+        """How attention keeps its result for the backward pass."""
+        return "e5m6" if self.recipe == "fp8" else "as_is"
 
     def dense(self, w: Float[Array, "..."] | Quantized, dtype: jnp.dtype | None = None) -> Array:
         """A weight as an array in `dtype`, or in `compute_dtype`."""
@@ -104,15 +114,15 @@ class Precision:
             x: activations of any shape.
             w: the weight, in `param_dtype` or in FP8.
             spec: einsum of (x, w).
-            role: `linear` runs in `compute_dtype`; `head` too, but returns float32; `router` runs
-                and returns float32. A low-precision recipe leaves the last two alone (V3 report,
-                section 3.3).
+            role: `linear` and `wide` run in `compute_dtype`; `head` too, but returns float32;
+                `router` runs and returns float32. FP8 is for `linear` alone (V3 report, section
+                3.3), and `dsjax.model.layers.contract` sees to it: here nothing runs in it.
 
         Returns:
-            The contraction, in `compute_dtype` for `linear` and in float32 for the other roles.
+            The contraction, in `compute_dtype` for `linear` and `wide`, in float32 for the others.
         """
         dtype = jnp.dtype(jnp.float32) if role == "router" else self.compute_dtype
-        out_dtype = self.compute_dtype if role == "linear" else jnp.float32
+        out_dtype = self.compute_dtype if role in ("linear", "wide") else jnp.float32
         return jnp.einsum(
             spec,
             x.astype(dtype),

@@ -590,6 +590,43 @@ def tiny() -> Config:
     )
 
 
+def tiny_wide() -> Config:
+    """For questions of precision: every contraction is 256 or wider, an expert's rows on average."""
+    attention = MlaConfig(
+        num_heads=4, q_latent_dim=256, kv_latent_dim=256, nope_dim=64, rope_dim=32, value_dim=64
+    )
+    moe = MoeConfig(
+        num_experts=8,
+        num_experts_per_token=2,
+        expert_dim=256,
+        num_groups=4,
+        groups_per_token=2,
+        gate_scale=2.5,
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=2048,
+            embed_dim=256,
+            stacks=_dense_then_experts(
+                attention, dense_layers=1, dense_dim=512, moe_layers=1, moe=moe
+            ),
+            init_std=0.02,
+        ),
+        train=TrainConfig(
+            seq_len=128,
+            batch_size=8,
+            total_tokens=1000 * 8 * 128,
+            optimizer=OptimizerConfig(
+                learning_rate=1e-3,
+                schedule=v3_learning_rate(warmup=0.05),
+                moment_dtype="bfloat16",
+            ),
+            bias_speed=v3_bias_speed(5e-3),
+        ),
+        precision=PrecisionConfig(compute_dtype="bfloat16"),
+    )
+
+
 def tiny_context() -> Config:
     """Longer contexts in small: names and codes found again at 8 times the first length.
 
@@ -704,7 +741,7 @@ def presets() -> dict[str, Callable[[], Config]]:
         *(deepseek_v2_lite, deepseek_v2, deepseek_v3),
         *(r1_distill_qwen_1_5b, r1_distill_qwen_7b, r1_distill_qwen_14b, r1_distill_qwen_32b),
         *(r1_distill_llama_8b, r1_distill_llama_70b, deepseek_llm_7b, deepseek_coder_6_7b),
-        *(nano, nano_dense, tiny, tiny_context, v3_20m, small),
+        *(nano, nano_dense, tiny, tiny_context, tiny_wide, v3_20m, small),
     )
     return {make.__name__: make for make in known}
 

@@ -44,6 +44,7 @@ class Study:
     common: tuple[str, ...] = ()
 
 
+LATE_STEPS = 200
 _BIAS = "model.stacks.moe.blocks.0.ffn.balance_bias"
 _MTP_BIAS = "model.mtp.block.ffn.balance_bias"
 _FUNCTIONS = 'data.sources=[{"path": "builtin:functions"}]'
@@ -83,6 +84,14 @@ def studies() -> dict[str, Study]:
                 "rate 0.5": ("data.fim_rate=0.5",),
             },
             measures=("eval_loss", "infilling_with_suffix", "infilling_prefix_only"),
+        ),
+        "fp8": Study(
+            question="What does FP8 cost the loss, in tiles of 128 and with a scale a tensor?",
+            variants={
+                "BF16": (),
+                "FP8": ("precision.recipe=fp8",),
+            },
+            measures=("late_loss", "eval_loss"),
         ),
     }
 
@@ -150,7 +159,8 @@ def measure(workdir: str | os.PathLike) -> dict[str, float]:
     """What can be said of a finished run.
 
     Returns:
-        `eval_loss` and `bits_per_byte` of the whole held-out split; `max_violation` (largest load
+        `eval_loss` and `bits_per_byte` of the whole held-out split; `late_loss`, the mean training
+        loss of the last 200 steps; `max_violation` (largest load
         over the mean, minus 1; the mean of the layers) and `worst_violation` (the worst layer's),
         means over the last quarter of the steps; with MTP `second_token_acceptance`; where the
         tokenizer has sentinels `infilling_with_suffix` and `infilling_prefix_only`, nats a token.
@@ -159,6 +169,8 @@ def measure(workdir: str | os.PathLike) -> dict[str, float]:
     rows = read_metrics(workdir)
     last = [row for row in rows if "eval_loss" in row][-1]
     figures = {name: last[name] for name in ("eval_loss", "bits_per_byte")}
+    losses = [row["loss"] for row in rows if "loss" in row]
+    figures["late_loss"] = statistics.fmean(losses[-LATE_STEPS:])
     taken = [row for row in rows if "router/moe/max_violation" in row]
     late = [row["router/moe/max_violation"] for row in taken[-max(len(taken) // 4, 1) :]]
     if late:

@@ -14,7 +14,7 @@ from dsjax.study import run_study, study_named, summary
 from experiments import command
 
 FLAGS = command.define_flags(default_preset="tiny", default_workdir=None)
-flags.DEFINE_string("study", "balance", "balance, mtp or fim.", flag_values=FLAGS)
+flags.DEFINE_string("study", "balance", "balance, mtp, fim or fp8.", flag_values=FLAGS)
 flags.DEFINE_integer("seeds", 3, "Runs of each variant.", flag_values=FLAGS)
 flags.DEFINE_integer("steps", 300, "Steps of each run.", flag_values=FLAGS)
 

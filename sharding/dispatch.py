@@ -372,6 +372,7 @@ def dispatch(
     codec: Codec = IDENTITY,
     combine_codec: Codec = IDENTITY,
     buffer_factor: float | None = None,
+    block: int | None = None,
 ) -> tuple[Float[Array, "X D"], Float[Array, " X"], Int[Array, " E"], Plan]:
     """Brings each token's row, and its gate, to the experts it chose.
 
@@ -393,6 +394,7 @@ def dispatch(
         buffer_factor: makes room for so many times an even router's share, not for the worst case:
             min(U, factor * U * min(K, n) / n) rows from a device to another, and factor * U * K
             assignments to the experts of a device. `overflow` of the plan counts what is lost.
+        block: rows of a tile; None takes `block_rows`.
 
     Returns:
         (x_XD sorted by expert with zero padding rows, gates_X, sizes_E int32 choices of each of
@@ -412,7 +414,7 @@ def dispatch(
     num_tokens, per_token = expert_UK.shape
     local_experts = num_experts // n
     # What comes to a device from all others is, on average, as much as it sends.
-    block = block_rows(expert_UK.size, local_experts)
+    block = block or block_rows(expert_UK.size, local_experts)
     if axis is None or n == 1:
         plan = _named(plan_dispatch(expert_UK, num_experts=num_experts, block=block))
         return *_sorted_rows(x_UD, gates_UK, plan), plan.sizes_E, plan

@@ -86,15 +86,31 @@ def whole(w: jax.Array, layout: Layout, kept: tuple[Axes, ...], dtype: Any) -> j
         kept: axes of each dimension over which it stays apart.
         dtype: what travels.
     """
+    gathered = _gathered(layout, kept)
+    if not gathered:
+        return w.astype(dtype)
+    return _whole(w, gathered, jnp.dtype(dtype))
+
+
+def gather(w: jax.Array, layout: Layout, kept: tuple[Axes, ...], dtype: Any) -> jax.Array:
+    """`whole` for code that sees to gradients itself; they go back by `scatter`."""
+    return _gather(w, _gathered(layout, kept), jnp.dtype(dtype))
+
+
+def scatter(dw: jax.Array, layout: Layout, kept: tuple[Axes, ...]) -> jax.Array:
+    """Sums the gradients of a whole weight over the devices that store it, each its own part."""
+    return _scatter(dw, _gathered(layout, kept))
+
+
+def _gathered(layout: Layout, kept: tuple[Axes, ...]) -> tuple[tuple[int, Axes], ...]:
+    """The dimensions that are gathered, and over which axes."""
     gathered = []
     for dim, (axes, stay) in enumerate(zip(layout, kept, strict=True)):
         apart = inside(tuple(a for a in axes if a not in stay))
         assert axes[len(axes) - len(apart) :] == apart or not apart, "kept axes are the outermost"
         if apart:
             gathered.append((dim, apart))
-    if not gathered:
-        return w.astype(dtype)
-    return _whole(w, tuple(gathered), jnp.dtype(dtype))
+    return tuple(gathered)
 
 
 def _gather(w: jax.Array, gathered: tuple, dtype: Any) -> jax.Array:
@@ -111,11 +127,15 @@ def _whole_forward(w, gathered, dtype):
     return _gather(w, gathered, dtype), jnp.zeros((0,), w.dtype)
 
 
-def _whole_backward(gathered, dtype, like, dw):
+def _scatter(dw: jax.Array, gathered: tuple) -> jax.Array:
     dw = dw.astype(jnp.float32)
     for dim, axes in reversed(gathered):
         dw = lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True)
-    return (dw.astype(like.dtype),)
+    return dw
+
+
+def _whole_backward(gathered, dtype, like, dw):
+    return (_scatter(dw, gathered).astype(like.dtype),)
 
 
 _whole.defvjp(_whole_forward, _whole_backward)

@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsjax.config import GqaConfig
-from dsjax.model import rope
+from dsjax.model import fp8, rope
 from dsjax.model.cache import KeysValues, Pages, write
-from dsjax.model.layers import bias, contract, read, weight
+from dsjax.model.layers import bias, contract, contract_all, read, weight
 from dsjax.model.row import Row, attend
 from dsjax.precision import Precision
 from pallas_kernels.gqa_decode import gqa_decode
@@ -88,7 +88,8 @@ class GroupedQueryAttention(nnx.Module):
         if fresh:
             if "context" in self.rules.of("seq"):
                 k_BTIA, v_BTIH = island.context_row(k_BTIA), island.context_row(v_BTIH)
-            out_BTNH = attend(q_BTNA, k_BTIA, v_BTIH, where, self._scale, self.rules)
+            kept = self.precision.attention_kept
+            out_BTNH = attend(q_BTNA, k_BTIA, v_BTIH, where, self._scale, self.rules, kept)
         else:
             assert entries is not None  # what is not fresh lies in a cache
             assert layer is not None
@@ -103,7 +104,7 @@ class GroupedQueryAttention(nnx.Module):
                 where.positions_BT,
                 self._scale,
             )
-        out_BTD = self._linear(out_BTNH, self.w_o_NHD, "btnh,nhd->btd")
+        out_BTD = self._linear(out_BTNH, self.w_o_NHD, "btnh,nhd->btd", fp8.CROSSING)
         out_BTD = island.leave(out_BTD, self.rules.of("act_heads"), self.rules)
         if self.config.out_bias:
             out_BTD = out_BTD + self.b_o_D[...].astype(out_BTD.dtype)
@@ -113,17 +114,18 @@ class GroupedQueryAttention(nnx.Module):
     def _scale(self) -> float:
         return rope.softmax_scale(self.config.head_dim, self.config.rope.yarn)
 
-    def _linear(self, x, variable, spec):
-        return contract(x, variable, spec, rules=self.rules, precision=self.precision)
+    def _linear(self, x, variable, spec, how=None):
+        return contract(x, variable, spec, rules=self.rules, precision=self.precision, how=how)
 
     def _bias(self, variable, dtype):
         return self.precision.dense(read(variable, self.rules, self.precision), dtype)
 
     def _project(self, x_BTD, turn):
         """Queries and keys by head, rotated, and values."""
-        q_BTNA = self._linear(x_BTD, self.w_q_DNA, "btd,dna->btna")
-        k_BTIA = self._linear(x_BTD, self.w_k_DIA, "btd,dia->btia")
-        v_BTIH = self._linear(x_BTD, self.w_v_DIH, "btd,dih->btih")
+        weights = [self.w_q_DNA, self.w_k_DIA, self.w_v_DIH]
+        q_BTNA, k_BTIA, v_BTIH = contract_all(
+            x_BTD, weights, "btd,dna->btna", rules=self.rules, precision=self.precision
+        )
         if self.config.qkv_bias:
             q_BTNA = q_BTNA + self._bias(self.b_q_NA, q_BTNA.dtype)
             k_BTIA = k_BTIA + self._bias(self.b_k_IA, k_BTIA.dtype)

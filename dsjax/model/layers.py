@@ -10,11 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dsjax.model import fp8
+from dsjax.model.layout import layout_of
 from dsjax.precision import Precision, Quantized, Role
+from pallas_kernels.fp8_linear import How
 from sharding import island
-from sharding.rules import AxisRules, Layout, LayoutError
+from sharding.rules import AxisRules, LayoutError
 
 
 def weight(
@@ -28,21 +32,6 @@ def weight(
     """Declares a normally distributed parameter with its logical axes (V3 report 4.2: 0.006)."""
     values = std * jax.random.normal(key, tuple(shape), jnp.float32)
     return nnx.Param(values.astype(precision.param_dtype), axes=axes, whole=tuple(shape))
-
-
-def layout_of(variable: nnx.Variable, rules: AxisRules) -> tuple[Layout, Layout]:
-    """How a weight is cut on the mesh that is set, and which of the cuts stay where it is used.
-
-    Within a scan over layers, too, where a weight has lost its first dimension.
-    """
-    told = variable.get_metadata()
-    axes = told["axes"][-len(told["whole"]) :]
-    layout = rules.layout(axes, told["whole"], island.mesh_sizes())
-    kept = tuple(
-        tuple(a for a in over if a in rules.kept(axis))
-        for over, axis in zip(layout, axes, strict=True)
-    )
-    return layout, kept
 
 
 def read(
@@ -82,12 +71,27 @@ def contract(
     rules: AxisRules,
     precision: Precision,
     role: Role = "linear",
+    parts: int = 1,
+    how: How | None = None,
 ) -> Float[Array, "..."]:
     """`Precision.linear` with a weight of which each device may store a part.
 
     What is gathered is not kept for the backward pass, which gathers it again: the whole of every
     layer's weights is more than a device has.
+
+    Args:
+        x: activations.
+        variable: the weight.
+        spec: einsum of the two.
+        rules: where weights lie.
+        precision: the recipe.
+        role: as in `Precision.linear`; `linear` alone may run in FP8.
+        parts: matrices side by side in the weight's last dimension, as published.
+        how: FP8's operands are rounded, other than in most layers.
     """
+    if role == "linear" and precision.recipe == "fp8":
+        told = {"rules": rules, "precision": precision, "parts": parts, "how": how}
+        return fp8.linears(x, [variable], _contracted(spec), **told)[0]
     dtype = jnp.float32 if role == "router" else None
 
     def product(x):
@@ -97,6 +101,31 @@ def contract(
     if layout != kept and not rules.recomputed:
         product = jax.checkpoint(product)
     return product(x)
+
+
+def contract_all(
+    x: Float[Array, "..."],
+    variables: Sequence[nnx.Variable],
+    spec: str,
+    *,
+    rules: AxisRules,
+    precision: Precision,
+) -> tuple[Float[Array, "..."], ...]:
+    """`contract` of one input with several weights, which FP8 rounds and keeps once."""
+    if precision.recipe == "fp8":
+        told = {"rules": rules, "precision": precision}
+        return fp8.linears(x, variables, _contracted(spec), **told)
+    told = {"rules": rules, "precision": precision}
+    return tuple(contract(x, variable, spec, **told) for variable in variables)
+
+
+def _contracted(spec: str) -> int:
+    """How many dimensions an einsum contracts: the last of the first operand."""
+    operands, out = spec.split("->")
+    x, w = operands.split(",")
+    count = sum(letter not in out for letter in w)
+    assert x[-count:] == w[:count], f"{spec} does not contract the last with the first"
+    return count
 
 
 def norm_scale(size: int, axis: str | None, precision: Precision) -> nnx.Param:
@@ -168,7 +197,10 @@ class SwiGlu(nnx.Module):
         rules, how = self.rules, {"rules": self.rules, "precision": self.precision}
         axes = rules.of("act_mlp")
         x_BTD = island.enter(x_BTD, axes, rules)
-        gate_up_BT2F = contract(x_BTD, self.w_in_D2F, "btd,df->btf", **how)
-        hidden_BTF = swiglu_parts(gate_up_BT2F, axes)
-        y_BTD = contract(hidden_BTF, self.w_down_FD, "btf,fd->btd", **how)
+        gate_up_BT2F = contract(x_BTD, self.w_in_D2F, "btd,df->btf", parts=2, **how)
+        if self.precision.recipe == "fp8" and not island.inside(axes):
+            y_BTD = fp8.swiglu_linear(gate_up_BT2F, self.w_down_FD, **how)
+        else:
+            hidden_BTF = swiglu_parts(checkpoint_name(gate_up_BT2F, "gate_up"), axes)
+            y_BTD = contract(hidden_BTF, self.w_down_FD, "btf,fd->btd", **how)
         return island.leave(y_BTD, axes, rules)

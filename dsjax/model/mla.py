@@ -11,12 +11,13 @@ positions.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsjax.config import MlaConfig
-from dsjax.model import rope
+from dsjax.model import fp8, rope
 from dsjax.model.cache import Pages, write
-from dsjax.model.layers import contract, norm_scale, read, rms_norm, weight
+from dsjax.model.layers import contract, contract_all, norm_scale, read, rms_norm, weight
 from dsjax.model.row import Row, attend
 from dsjax.precision import Precision
 from pallas_kernels.mla_decode import mla_decode
@@ -83,8 +84,9 @@ class MultiHeadLatentAttention(nnx.Module):
             (output [B, T, D], the cache with this layer's new entries, or None).
         """
         turn = (self.config.rope, self.config.rope_dim)
-        q_nope_BTNP, q_rope_BTNR = self._queries(x_BTD, where.query_turns[turn])
-        new_BTZ = self._entries(x_BTD, where.turns[turn])
+        latent_BTQ, z_BTZ = self._latents(x_BTD)
+        q_nope_BTNP, q_rope_BTNR = self._queries(latent_BTQ, where.query_turns[turn])
+        new_BTZ = self._entries(z_BTZ, where.turns[turn])
         if entries is not None:
             assert layer is not None  # it and the pages come with a cache
             assert pages is not None
@@ -95,25 +97,39 @@ class MultiHeadLatentAttention(nnx.Module):
             out_BTNH = self._absorbed(
                 q_nope_BTNP, q_rope_BTNR, entries, layer, pages, where.positions_BT
             )
-        out_BTD = self._linear(out_BTNH, self.w_o_NHD, "btnh,nhd->btd")
+        out_BTD = self._linear(out_BTNH, self.w_o_NHD, "btnh,nhd->btd", fp8.CROSSING)
         return island.leave(out_BTD, self.rules.of("act_heads"), self.rules), entries
 
     @property
     def _scale(self) -> float:
         return rope.softmax_scale(self.config.head_dim, self.config.rope.yarn)
 
-    def _linear(self, x, variable, spec):
-        return contract(x, variable, spec, rules=self.rules, precision=self.precision)
+    def _linear(self, x, variable, spec, how=None):
+        return contract(x, variable, spec, rules=self.rules, precision=self.precision, how=how)
 
-    def _queries(self, x_BTD, turn):
-        """V2 report, equations 12-14 and 16: queries by head, nope and rotated rope part."""
+    def _latents(self, x_BTD):
+        """V2 report, equations 9, 12 and 15: what both projections down give, not yet normed.
+
+        Without a query latent its place is taken by x.
+        """
+        if self.config.q_latent_dim is None:
+            c_BTQ, z_BTZ = x_BTD, self._linear(x_BTD, self.w_dkvr_DZ, "btd,dz->btz")
+        else:
+            weights, how = [self.w_dq_DQ, self.w_dkvr_DZ], (self.rules, self.precision)
+            c_BTQ, z_BTZ = contract_all(
+                x_BTD, weights, "btd,dz->btz", rules=how[0], precision=how[1]
+            )
+            c_BTQ = checkpoint_name(c_BTQ, "latent")
+        return c_BTQ, checkpoint_name(z_BTZ, "latent")
+
+    def _queries(self, c_BTQ, turn):
+        """V2 report, equations 13, 14 and 16: queries by head, nope and rotated rope part."""
         linear, rules, config = self._linear, self.rules, self.config
         heads = rules.of("act_heads")
         if config.q_latent_dim is None:
-            x_BTD = island.enter(x_BTD, heads, rules)
+            x_BTD = island.enter(c_BTQ, heads, rules)
             q_BTNA = linear(x_BTD, self.w_q_DNA, "btd,dna->btna")
         else:
-            c_BTQ = linear(x_BTD, self.w_dq_DQ, "btd,dq->btq")
             c_BTQ = rms_norm(c_BTQ, self.q_norm_Q[...], config.latent_norm_eps)
             # The latent travels, which is narrower than x.
             c_BTQ = island.enter(c_BTQ, heads, rules)
@@ -121,10 +137,9 @@ class MultiHeadLatentAttention(nnx.Module):
         q_nope_BTNP, q_rope_BTNR = jnp.split(q_BTNA, [config.nope_dim], axis=-1)
         return q_nope_BTNP, rope.rotate(q_rope_BTNR, turn)
 
-    def _entries(self, x_BTD, turn):
-        """V2 report, equations 9 and 15: what is cached, [normed latent ; rotated shared key]."""
+    def _entries(self, z_BTZ, turn):
+        """What is cached, [normed latent ; rotated shared key]."""
         config = self.config
-        z_BTZ = self._linear(x_BTD, self.w_dkvr_DZ, "btd,dz->btz")
         latent_BTC, key_BTR = jnp.split(z_BTZ, [config.kv_latent_dim], axis=-1)
         latent_BTC = rms_norm(latent_BTC, self.kv_norm_C[...], config.latent_norm_eps)
         return jnp.concatenate([latent_BTC, rope.rotate(key_BTR, turn)], axis=-1)
@@ -144,14 +159,20 @@ class MultiHeadLatentAttention(nnx.Module):
         )
         q_BTNA = jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1)
         k_BSNA = jnp.concatenate([k_nope_BSNP, k_rope_BSNR], axis=-1)
-        return attend(q_BTNA, k_BSNA, v_BSNH, where, self._scale, self.rules)
+        return attend(
+            q_BTNA, k_BSNA, v_BSNH, where, self._scale, self.rules, self.precision.attention_kept
+        )
 
     def _absorbed(self, q_nope_BTNP, q_rope_BTNR, latent_LXSZ, layer, pages, positions_BT):
         """W^UK taken into the query, W^UV after the sum: multi-query attention over the latent."""
         config, linear = self.config, self.precision.linear
-        w_ukv_CNY = self.precision.dense(read(self.w_ukv_CNY, self.rules, self.precision))
+        if self.precision.recipe == "fp8":
+            told = {"rules": self.rules, "precision": self.precision}
+            w_ukv_CNY = fp8.rounded(self.w_ukv_CNY, 1, **told)
+        else:
+            w_ukv_CNY = self.precision.dense(read(self.w_ukv_CNY, self.rules, self.precision))
         w_uk_CNP, w_uv_CNH = jnp.split(w_ukv_CNY, [config.nope_dim], axis=-1)
-        q_latent_BTNC = linear(q_nope_BTNP, w_uk_CNP, "btnp,cnp->btnc")
+        q_latent_BTNC = linear(q_nope_BTNP, w_uk_CNP, "btnp,cnp->btnc", role="wide")
         q_BTNZ = jnp.concatenate([q_latent_BTNC, q_rope_BTNR], axis=-1)
         out_BTNC, _ = mla_decode(
             q_BTNZ,
@@ -163,4 +184,4 @@ class MultiHeadLatentAttention(nnx.Module):
             self._scale,
             value_dim=config.kv_latent_dim,
         )
-        return linear(out_BTNC, w_uv_CNH, "btnc,cnh->btnh")
+        return linear(out_BTNC, w_uv_CNH, "btnc,cnh->btnh", role="wide")

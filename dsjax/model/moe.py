@@ -17,9 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 
 from dsjax.config import MoeConfig
-from dsjax.model import router
-from dsjax.model.layers import SwiGlu, contract, layout_of, read, swiglu, weight
+from dsjax.model import fp8, router
+from dsjax.model.layers import SwiGlu, contract, read, swiglu, weight
+from dsjax.model.layout import layout_of
 from dsjax.precision import Precision, Quantized
+from pallas_kernels.tiled import TILE
 from sharding import island
 from sharding.dispatch import PLAN, ROWS, combine, dispatch
 from sharding.rules import AxisRules
@@ -167,7 +169,16 @@ class MixtureOfExperts(nnx.Module):
             "num_experts": self.config.num_experts,
             "axis": island.inside(rules.of("experts")) or None,
             **rules.exchange.arguments(),
+            **self._crossing,
         }
+
+    @property
+    def _crossing(self) -> dict[str, Any]:
+        """What FP8 changes: rows cross in it, and tiles hold whole tiles of its scales."""
+        if self.precision.recipe != "fp8":
+            return {}
+        told = {"codec": fp8.TO_EXPERTS, "combine_codec": fp8.FROM_EXPERTS}
+        return told | {"block": TILE}
 
     @property
     def _reads_stack(self) -> bool:
@@ -188,7 +199,18 @@ class MixtureOfExperts(nnx.Module):
         """
         linear, rules, precision = self.precision.grouped_linear, self.rules, self.precision
 
-        def run(x_UD, gates_UK):
+        if precision.recipe == "fp8":
+            x_UD = fp8.as_sent(x_UD)
+
+        def run_fp8(x_UD, gates_UK):
+            x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, **self._exchange)
+            with jax.named_scope("experts"):
+                told = {"rules": rules, "precision": precision}
+                w_in, w_down = self.w_in_ED2F, self.w_down_EFD
+                y_XD = fp8.experts(x_XD, gates_X, plan.tile_expert, w_in, w_down, **told)
+            return fp8.gradient_as_sent(combine(y_XD, plan)), load_E, plan.overflow
+
+        def run_wide(x_UD, gates_UK):
             x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, **self._exchange)
             with jax.named_scope("experts"):
                 w_in_ED2F = read(self.w_in_ED2F, rules, precision)
@@ -200,6 +222,7 @@ class MixtureOfExperts(nnx.Module):
                 y_XD = linear(hidden_XF, w_down_EFD, plan.tile_expert)
             return combine(y_XD, plan), load_E, plan.overflow
 
+        run = run_fp8 if precision.recipe == "fp8" else run_wide
         if not rules.recomputed:
             keep = jax.checkpoint_policies.save_only_these_names(PLAN, ROWS, "expert_gate_up")
             run = jax.checkpoint(run, policy=keep, prevent_cse=False)
@@ -207,18 +230,29 @@ class MixtureOfExperts(nnx.Module):
 
     def _routed_few(self, x_UD, gates_UK, expert_UK, stack):
         """`_routed` for a handful of tokens: expert e of layer l is number l * E + e."""
-        linear = self.precision.grouped_linear
+        precision = self.precision
         layers, num_experts = jax.tree.leaves(stack.w_in_LED2F)[0].shape[:2]  # of this device
-        x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, **self._exchange)
+        how = self._exchange
+        if precision.recipe == "fp8":
+            x_UD = fp8.as_sent(x_UD)
+            how["block"] = None  # no gradient is taken: tiles may be small
+
+            def linear(x_XD, w_EDF, tile_expert, **told):
+                return fp8.few_experts(x_XD, w_EDF, tile_expert, precision=precision, **told)
+
+            into, down = {"parts": 2, "scale": "power_of_two"}, {"scale": precision.scale}
+        else:
+            linear, into, down = precision.grouped_linear, {}, {}
+        x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, **how)
         tile_expert = jnp.where(
             plan.tile_expert < num_experts,
             plan.tile_expert + stack.layer * num_experts,
             layers * num_experts,
         )
         with jax.named_scope("experts"):
-            hidden_XF = swiglu(linear(x_XD, _joined(stack.w_in_LED2F), tile_expert))
+            hidden_XF = swiglu(linear(x_XD, _joined(stack.w_in_LED2F), tile_expert, **into))
             hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
-            y_XD = linear(hidden_XF, _joined(stack.w_down_LEFD), tile_expert)
+            y_XD = linear(hidden_XF, _joined(stack.w_down_LEFD), tile_expert, **down)
         return combine(y_XD, plan), load_E, plan.overflow
 
 

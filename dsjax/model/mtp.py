@@ -65,6 +65,6 @@ class MtpModule(nnx.Module):
             ],
             axis=-1,
         )
-        return contract(
-            both_BT2D, self.w_proj_2DD, "btk,kd->btd", rules=self.rules, precision=self.precision
-        )
+        # Published in BF16 (`eh_proj`), as the head and the router are.
+        told = {"rules": self.rules, "precision": self.precision}
+        return contract(both_BT2D, self.w_proj_2DD, "btk,kd->btd", role="wide", **told)

@@ -7,7 +7,7 @@ value width.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -66,20 +66,24 @@ def attend(
     where: Row,
     scale: float,
     rules: AxisRules,
+    kept: Literal["as_is", "e5m6"],
 ) -> Float[Array, "B T N H"]:
     """Attends from what this device has of the rows to all of them.
 
     Where rows are cut over `context`, the queries here are two chunks, one from either end, which
-    makes causal attention as much work on each device.
+    makes causal attention as much work on each device. `kept` is how the result is kept for the
+    backward pass (`mla_attention`).
     """
     segments_BS, positions_BS = where.segments_BS, where.positions_BS
     if q_BTNA.shape[1] == k_BSIA.shape[1]:
-        return mla_attention(q_BTNA, k_BSIA, v_BSIH, segments_BS, positions_BS, scale)
+        return mla_attention(q_BTNA, k_BSIA, v_BSIH, segments_BS, positions_BS, scale, kept=kept)
     length = q_BTNA.shape[1] // 2
     halves = q_BTNA[:, :length], q_BTNA[:, length:]
     out = [
         mla_attention(
-            half, k_BSIA, v_BSIH, segments_BS, positions_BS, scale, first_row=chunk * length
+            *(half, k_BSIA, v_BSIH, segments_BS, positions_BS, scale),
+            first_row=chunk * length,
+            kept=kept,
         )
         for half, chunk in zip(halves, island.context_chunks(), strict=True)
     ]

@@ -18,17 +18,21 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 from dsjax.config import Config, ModelConfig, MoeConfig
 from dsjax.model.block import Block
 from dsjax.model.cache import Cache
-from dsjax.model.layers import layout_of, norm_scale, rms_norm, weight
+from dsjax.model.layers import norm_scale, rms_norm, weight
+from dsjax.model.layout import layout_of
 from dsjax.model.moe import ExpertStack
 from dsjax.model.mtp import MtpModule
 from dsjax.model.router import Balance
 from dsjax.model.row import Row, row
 from dsjax.precision import Precision
 from sharding import island
+from sharding.dispatch import PLAN, ROWS
 from sharding.init import stack
 from sharding.rules import AxisRules, Layout
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "selective", "full"]
+# What `selective` keeps of a layer, beside its input.
+KEPT = ("latent", "attention_out", "attention_lse", "gate_up", "expert_gate_up", PLAN, ROWS)
 
 
 class RouterBias(nnx.Variable):
@@ -101,6 +105,8 @@ def checkpointed(function: Callable, remat: Remat, *, in_loop: bool = True) -> C
     """Wraps a layer so that its backward pass recomputes what the policy does not keep.
 
     `none` keeps everything, `dots` keeps the products of weights, `full` keeps the layer's input.
+    `selective` keeps the latents, attention's result and SwiGLU's input, and computes norms, keys,
+    values and queries again, as V3 did (V3 report, 3.2.3).
     Outside a loop the compiler is kept from finding out that it computes the same twice.
     """
     if remat == "none":
@@ -108,6 +114,8 @@ def checkpointed(function: Callable, remat: Remat, *, in_loop: bool = True) -> C
     policy = None
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    elif remat == "selective":
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT)
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)
 
 

@@ -4,9 +4,12 @@ Knows nothing about latents or projections. B sequences of S rows, T queries tha
 the rows, N heads, I key/value heads (all N of them in MLA), A key width, H value width.
 """
 
+from typing import Literal
+
 import jax
 import numpy as np
 
+from pallas_kernels.e5m6 import rounded
 from pallas_kernels.mla_attention import reference, xla
 
 
@@ -19,6 +22,7 @@ def mla_attention(
     scale: float,
     *,
     first_row: jax.Array | int | None = None,
+    kept: Literal["as_is", "e5m6"] = "as_is",
     implementation: str | None = None,
 ) -> jax.Array:
     """Attends to the positions of the same segment that are not later.
@@ -36,6 +40,8 @@ def mla_attention(
             that may be traced, and differ by device inside `shard_map`. T divides S, and it is a
             multiple of T below S; that is not checked of an array, whose other values give wrong
             outputs. None: the queries are those of every row, T = S.
+        kept: how the result is kept for the backward pass: in the values' dtype, or in twelve bits
+            (`pallas_kernels.e5m6`), to which it is then rounded (DeepSeek-V3 report, 3.3.3).
         implementation: "xla" (blocks with an online softmax, memory linear in S), "reference"
             (builds [T, S]), or None, which takes the best one known for the backend.
 
@@ -61,9 +67,12 @@ def mla_attention(
     if isinstance(first_row, int | np.integer) and (first_row % t != 0 or not 0 <= first_row < s):
         raise ValueError(f"first_row {first_row} is not a multiple of {t} below {s}")
     arguments = q_BTNA, k_BSIA, v_BSIH, segments_BS, positions_BS, scale, first_row
+    if kept not in ("as_is", "e5m6"):
+        raise ValueError(f"unknown kept {kept!r}; known: as_is, e5m6")
     match implementation:
         case "xla" | None:
-            return xla.mla_attention(*arguments)
+            return xla.mla_attention(*arguments, kept=kept)
         case "reference":
-            return reference.mla_attention(*arguments)
+            out_BTNH = reference.mla_attention(*arguments)
+            return rounded(out_BTNH) if kept == "e5m6" else out_BTNH
     raise ValueError(f"unknown implementation {implementation!r}; known: xla, reference")

@@ -13,6 +13,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels import e5m6
 
 MASKED = -1e30
 
@@ -26,6 +29,7 @@ def mla_attention(
     scale,
     first_row=None,
     *,
+    kept: str = "as_is",
     block: int | None = None,
 ) -> jax.Array:
     """See the package for arguments; `block` is the number of queries and of keys a tile.
@@ -62,7 +66,7 @@ def mla_attention(
     tile_count, b, n, _, a = q.shape
     h = v.shape[-1]
     q = q.reshape(tile_count, b, k.shape[2], -1, a)
-    out = _attend(*_alike((q, k, v, segments, positions, first_tile)))
+    out = _attend(*_alike((q, k, v, segments, positions, first_tile)), kept)
     out = out.reshape(tile_count, b, n, block, h)
     return out.transpose(1, 0, 3, 2, 4).reshape(b, tile_count * block, n, h)[:, :queries]
 
@@ -152,18 +156,26 @@ def _forward_tiles(q, k, v, segments, positions, first_tile):
     return jax.lax.scan(query_tile, None, (tile, q, segments_q, positions_q, first))[1]
 
 
-@jax.custom_vjp
-def _attend(q, k, v, segments, positions, first_tile):
-    return _forward_tiles(q, k, v, segments, positions, first_tile)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, segments, positions, first_tile, kept):
+    out = _forward_tiles(q, k, v, segments, positions, first_tile)[0]
+    return e5m6.rounded(out) if kept == "e5m6" else out
 
 
-def _forward(q, k, v, segments, positions, first_tile):
+def _forward(q, k, v, segments, positions, first_tile, kept):
     out, lse = _forward_tiles(q, k, v, segments, positions, first_tile)
-    return out, (q, k, v, segments, positions, first_tile, out, lse)
+    # By these names a remat policy keeps what attention has found, and not its inputs.
+    lse = checkpoint_name(lse, "attention_lse")
+    held = e5m6.pack(out) if kept == "e5m6" else out
+    held = jax.tree.map(lambda part: checkpoint_name(part, "attention_out"), held)
+    # What comes after sees what is kept, so that nothing else of it need be.
+    out = e5m6.unpack(held, v.shape[-1], v.dtype) if kept == "e5m6" else held
+    return out, (q, k, v, segments, positions, first_tile, held, lse)
 
 
-def _backward(saved, d_out):
-    q, k, v, segments, positions, first_tile, out, lse = saved
+def _backward(kept, saved, d_out):
+    q, k, v, segments, positions, first_tile, held, lse = saved
+    out = e5m6.unpack(held, v.shape[-1], v.dtype) if kept == "e5m6" else held
     query_tiles, key_tiles = q.shape[0], k.shape[0]
     segments_q, positions_q = (
         _of_queries(x, first_tile, query_tiles) for x in (segments, positions)

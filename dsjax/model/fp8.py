@@ -1,0 +1,361 @@
+"""Linear layers in FP8 over parameters as they lie: flattened, fused, cut over devices, resident.
+
+What `layers.contract` and the experts call when the recipe is `fp8`. Knows nothing about layers.
+Source: DeepSeek-V3 report, section 3.3.
+
+K rows and N columns of the matrix that a weight's dimensions flatten to, k and n of this device.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax.model.layout import layout_of
+from dsjax.precision import Precision, Quantized
+from pallas_kernels.fp8_linear import How, fp8_linear, fp8_linears, fp8_swiglu_linear
+from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize.reference import choose_scale
+from pallas_kernels.tiled import LARGEST, TILE, ScaleFormat, Tiled, dequantize, tiles
+from sharding import island
+from sharding.dispatch import Codec
+from sharding.rules import AxisRules, Layout, LayoutError
+
+# What crosses to experts, and what attention gives, has power-of-two scales (V3 report, 3.3.3): to
+# be rounded again, along the other dimension too, then loses nothing but what is too small.
+CROSSING = How(scale="power_of_two")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """The source of a weight that is a parameter: `pallas_kernels.fp8_linear.Source`.
+
+    Weights travel between devices in FP8: the largest magnitudes of blocks that a border cuts are
+    compared first. Their gradients travel in float32.
+
+    Attributes:
+        lead: dimensions before the matrix's (experts).
+        in_dims: dimensions of the parameter that are contracted.
+        parts: matrices side by side in the last dimension, with blocks of their own, as published.
+        layout: mesh axes of each dimension.
+        kept: those over which it stays apart.
+        scale: of its blocks.
+    """
+
+    lead: int
+    in_dims: int
+    parts: int
+    layout: Layout
+    kept: Layout
+    scale: ScaleFormat
+
+    def pull(self, w: Any) -> Tiled:
+        """The whole matrix, but for what other devices see to; parts are filled up to whole blocks.
+
+        Raises:
+            LayoutError: for a weight in FP8 of which devices have parts, or blocks that a border
+                between devices would cut for good.
+        """
+        if isinstance(w, Quantized):
+            if any(self.layout[self.lead :]):
+                raise LayoutError("a weight kept in FP8 is used whole: lay out experts alone")
+            return Tiled(_filled(self._matrix(w.q), self.parts), w.scale)
+        self._check(w)
+        cut = self._cut()
+        if cut is None:  # borders in the middle of a row or column: gathered wide
+            whole = island.gather(w, self.layout, self.kept, w.dtype)
+            return quantize(self._parts(whole), tile=(TILE, TILE), scale=self.scale)
+        if not any(cut):
+            return quantize(self._parts(w), tile=(TILE, TILE), scale=self.scale)
+        return _gather_blocks(self._matrix(w), *cut, self.scale)
+
+    def push(self, dw: Array, w: Any) -> Any:
+        """The gradient in the parameter's shape, summed over devices, of what this one stores."""
+        if isinstance(w, Quantized):
+            return jax.tree.map(jnp.zeros_like, w)  # of numbers that no gradient moves
+        shape = list(w.shape)
+        for dim, axes in enumerate(self._gathered()):
+            shape[dim] *= island.count(axes)
+        width = shape[-1] // self.parts
+        if self.parts > 1 and width % TILE:
+            dw = dw.reshape(*dw.shape[:-1], self.parts, -1)[..., :width]
+        dw = dw.reshape(shape)
+        return island.scatter(dw, self.layout, self.kept).astype(w.dtype)
+
+    def _matrix(self, w):
+        shape = w.shape[: self.lead]
+        rows = math.prod(w.shape[self.lead : self.lead + self.in_dims])
+        return w.reshape(*shape, rows, -1)
+
+    def _parts(self, w):
+        return _filled(self._matrix(w), self.parts)
+
+    def _gathered(self):
+        return tuple(
+            island.inside(tuple(a for a in axes if a not in stay))
+            for axes, stay in zip(self.layout, self.kept, strict=True)
+        )
+
+    def _cut(self):
+        """Mesh axes of the matrix's rows and columns, gathered; None if not in one piece each."""
+        gathered = self._gathered()
+        first_out = self.lead + self.in_dims
+        inner = (*gathered[self.lead + 1 : first_out], *gathered[first_out + 1 :])
+        columns = gathered[first_out]
+        misfit = columns and self.parts > 1  # gates and ups do not lie on the same devices
+        if any(gathered[: self.lead]) or any(inner) or misfit:
+            return None
+        return gathered[self.lead], columns
+
+    def _check(self, w):
+        """Where the rows or columns of a matrix stay apart for good, blocks must lie whole."""
+        first_out = self.lead + self.in_dims
+        for name, dims in (
+            ("rows", range(self.lead, first_out)),
+            ("columns", range(first_out, w.ndim)),
+        ):
+            apart = tuple(a for dim in dims for a in island.inside(self.kept[dim]))
+            size = math.prod(w.shape[dim] for dim in dims)
+            if apart and (size % TILE or self.parts > 1):
+                raise LayoutError(
+                    f"over {', '.join(apart)} a device has {size} {name} of a weight; FP8's blocks "
+                    f"of {TILE} need whole ones"
+                )
+
+
+def _filled(w: Array, parts: int) -> Array:
+    """Each part's columns filled up with zeros to whole blocks."""
+    width = w.shape[-1] // parts
+    if parts == 1 or width % TILE == 0:
+        return w
+    w = w.reshape(*w.shape[:-1], parts, width)
+    edges = [(0, 0)] * (w.ndim - 1) + [(0, -width % TILE)]
+    return jnp.pad(w, edges).reshape(*w.shape[:-2], -1)
+
+
+def _gather_blocks(w, row_axes, column_axes, scale) -> Tiled:
+    """Rounds this device's part with the scales of whole blocks, and gathers the FP8 numbers."""
+    *lead, k, n = w.shape
+    axes = (row_axes, column_axes)
+    counts = tuple(island.count(a) for a in axes)
+    firsts = tuple(island.place(a) * size for a, size in zip(axes, (k, n), strict=True))
+    # A part that does not begin with a block touches one more.
+    touched = tuple(
+        tiles(size) + (count > 1 and size % TILE != 0)
+        for size, count in zip((k, n), counts, strict=True)
+    )
+    inner = tuple(first % TILE for first in firsts)
+    outer = tuple(first // TILE for first in firsts)
+    zeros = (0,) * len(lead)
+    placed = jnp.zeros((*lead, touched[0] * TILE, touched[1] * TILE), jnp.float32)
+    placed = jax.lax.dynamic_update_slice(placed, jnp.abs(w).astype(jnp.float32), (*zeros, *inner))
+    amax = jnp.max(placed.reshape(*lead, touched[0], TILE, touched[1], TILE), axis=(-3, -1))
+    blocks = tuple(tiles(size * count) for size, count in zip((k, n), counts, strict=True))
+    room = jnp.zeros((*lead, blocks[0] + 1, blocks[1] + 1), jnp.float32)
+    room = jax.lax.dynamic_update_slice(room, amax, (*zeros, *outer))
+    scales = choose_scale(jax.lax.pmax(room, (*row_axes, *column_axes)), scale)
+    own = jax.lax.dynamic_slice(scales, (*zeros, *outer), (*lead, *touched))
+    own = jnp.repeat(jnp.repeat(own, TILE, axis=-2), TILE, axis=-1)
+    own = jax.lax.dynamic_slice(own, (*zeros, *inner), (*lead, k, n))
+    q = jnp.clip(w.astype(jnp.float32) / own, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+    bits = jax.lax.bitcast_convert_type(q, jnp.uint8)
+    for dim, over in ((len(lead), row_axes), (len(lead) + 1, column_axes)):
+        if over:
+            bits = jax.lax.all_gather(bits, over, axis=dim, tiled=True)
+    q = jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn)
+    return Tiled(q, scales[..., : blocks[0], : blocks[1]])
+
+
+# ---- what layers call ---------------------------------------------------------------------------
+
+
+def parameter(
+    variable: nnx.Variable,
+    in_dims: int,
+    *,
+    rules: AxisRules,
+    precision: Precision,
+    lead: int = 0,
+    parts: int = 1,
+) -> Parameter:
+    """The source of a variable."""
+    layout, kept = layout_of(variable, rules)
+    return Parameter(lead, in_dims, parts, layout, kept, precision.scale)
+
+
+def linears(
+    x: Float[Array, "..."],
+    variables: Sequence[nnx.Variable],
+    in_dims: int,
+    *,
+    rules: AxisRules,
+    precision: Precision,
+    how: How | None = None,
+    parts: int = 1,
+) -> tuple[Array, ...]:
+    """Contracts the last `in_dims` dimensions of x with the first of each weight.
+
+    Args:
+        x: activations.
+        variables: the weights.
+        in_dims: how many dimensions are contracted.
+        rules: where the weights lie.
+        precision: the recipe.
+        how: operands are rounded; None as the recipe has it for most layers.
+        parts: of every weight.
+
+    Returns:
+        Of each weight x's other dimensions and then the weight's.
+    """
+    lead = x.shape[: x.ndim - in_dims]
+    x_MK = x.reshape(math.prod(lead), -1).astype(precision.compute_dtype)
+    told = {"rules": rules, "precision": precision, "parts": parts}
+    sources = tuple(parameter(v, in_dims, **told) for v in variables)
+    weights = tuple(v[...] for v in variables)
+    how = how or How(precision.scale, precision.scale)
+    results = fp8_linears(x_MK, weights, sources=sources, how=how)
+    return tuple(
+        _columns(y, source, variable).reshape(*lead, *_out_shape(source, variable))
+        for y, source, variable in zip(results, sources, variables, strict=True)
+    )
+
+
+def _out_shape(source: Parameter, variable: nnx.Variable):
+    """The dimensions of what comes out, of this device."""
+    w = variable[...]
+    shape = list(w.q.shape if isinstance(w, Quantized) else w.shape)
+    for dim, axes in enumerate(source._gathered()):
+        shape[dim] *= island.count(axes)
+    return shape[source.lead + source.in_dims :]
+
+
+def _columns(y, source, variable):
+    """Without the columns that fill parts up to whole blocks."""
+    width = math.prod(_out_shape(source, variable)) // source.parts
+    if source.parts == 1 or width % TILE == 0:
+        return y
+    y = y.reshape(*y.shape[:-1], source.parts, -1)[..., :width]
+    return y.reshape(*y.shape[:-2], -1)
+
+
+def swiglu_linear(
+    gate_up: Float[Array, "... F2"],
+    variable: nnx.Variable,
+    *,
+    rules: AxisRules,
+    precision: Precision,
+) -> Float[Array, "... D"]:
+    """SwiGLU and the projection behind it; keeps its input in FP8 for the backward pass."""
+    source = parameter(variable, 1, rules=rules, precision=precision)
+    how = How(precision.scale, precision.scale, kept="gate_up")
+    rows = gate_up.reshape(-1, gate_up.shape[-1]).astype(precision.compute_dtype)
+    y = fp8_swiglu_linear(rows, variable[...], source=source, how=how)
+    return y.reshape(*gate_up.shape[:-1], -1)
+
+
+def experts(
+    x_XD: Float[Array, "X D"],
+    gates_X: Float[Array, " X"],
+    tile_expert: Int[Array, " _"],
+    w_in: nnx.Variable,
+    w_down: nnx.Variable,
+    *,
+    rules: AxisRules,
+    precision: Precision,
+) -> Float[Array, "X D"]:
+    """The routed experts; rows arrive in FP8's values, and so do gradients of what is returned."""
+    told = {"rules": rules, "precision": precision, "lead": 1}
+    source = parameter(w_in, 1, parts=2, **told)
+    how = dataclasses.replace(CROSSING, gradient_scale=precision.scale)
+    x_XD = x_XD.astype(precision.compute_dtype)
+    gate_up = fp8_linear(x_XD, w_in[...], tile_expert, source=source, how=how)
+    gate_up = _columns(gate_up, source, w_in)
+    how = How(precision.scale, CROSSING.scale, kept="expert_gate_up")
+    source = parameter(w_down, 1, **told)
+    return fp8_swiglu_linear(gate_up, w_down[...], gates_X, tile_expert, source=source, how=how)
+
+
+def few_experts(
+    x_XD: Float[Array, "X D"],
+    w: Float[Array, "E D F"] | Quantized,
+    tile_expert: Int[Array, " _"],
+    *,
+    precision: Precision,
+    parts: int = 1,
+    scale: ScaleFormat,
+) -> Float[Array, "X F"]:
+    """Rows times their experts' weights, of many more experts than there are tiles.
+
+    Only the weights that are named are rounded.
+    """
+    experts = w.q.shape[0] if isinstance(w, Quantized) else w.shape[0]
+    taken = jnp.minimum(tile_expert, experts - 1)
+    own = jnp.arange(tile_expert.size, dtype=tile_expert.dtype)
+    tile_expert = jnp.where(tile_expert < experts, own, tile_expert.size)
+    w = w.take(taken) if isinstance(w, Quantized) else w[taken]
+    apart = ((),) * 3
+    source = Parameter(1, 1, parts, apart, apart, precision.scale)
+    x_XD = x_XD.astype(precision.compute_dtype)
+    y = fp8_linear(x_XD, w, tile_expert, source=source, how=How(scale))
+    width = (w.q if isinstance(w, Quantized) else w).shape[-1] // parts
+    if parts > 1 and width % TILE:
+        y = y.reshape(-1, parts, y.shape[-1] // parts)[..., :width].reshape(y.shape[0], -1)
+    return y
+
+
+def rounded(
+    variable: nnx.Variable, in_dims: int, *, rules: AxisRules, precision: Precision
+) -> Array:
+    """A weight's values in FP8, as training uses them, in the compute dtype and its own shape."""
+    source = parameter(variable, in_dims, rules=rules, precision=precision)
+    w = variable[...]
+    shape = (w.q if isinstance(w, Quantized) else w).shape[: source.lead + in_dims]
+    wide = dequantize(source.pull(w), precision.compute_dtype)
+    return wide.reshape(*shape, *_out_shape(source, variable))
+
+
+# ---- what crosses between devices ---------------------------------------------------------------
+
+
+def _encode(x):
+    return tuple(quantize(x, scale="power_of_two"))
+
+
+def _decode(arrays, dtype):
+    return dequantize(Tiled(*arrays), dtype)
+
+
+def _as_computed(x):
+    return (x,)
+
+
+def _back(arrays, dtype):
+    return arrays[0].astype(dtype)
+
+
+# V3 report, 3.3.2: FP8 on the way to the experts, both ways; sums come back as they are.
+TO_EXPERTS = Codec("fp8", _encode, _decode, _as_computed, _back)
+FROM_EXPERTS = Codec("fp8 gradients", _as_computed, _back, _encode, _decode)
+
+
+@jax.custom_vjp
+def as_sent(x: Float[Array, "U D"]) -> Float[Array, "U D"]:
+    """The values that reach the experts, whether they cross to another device or not."""
+    return _decode(_encode(x), x.dtype)
+
+
+as_sent.defvjp(lambda x: (as_sent(x), None), lambda _, dx: (dx,))
+
+
+@jax.custom_vjp
+def gradient_as_sent(y: Float[Array, "U D"]) -> Float[Array, "U D"]:
+    """The same of the gradient that comes back."""
+    return y
+
+
+gradient_as_sent.defvjp(lambda y: (y, None), lambda _, dy: (_decode(_encode(dy), dy.dtype),))
