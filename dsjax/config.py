@@ -549,7 +549,8 @@ class PrecisionConfig:
     # `fp8` runs the three products of every linear layer in FP8 with a scale for every tile, and
     # rows cross to experts in it; embedding, head, router, norms and attention stay as they are
     # (V3 report 3.3).
-    recipe: Literal["plain", "fp8"] = "plain"
+    # `fp8_per_tensor`, a control, has one delayed scale a tensor; rows cross as they are.
+    recipe: Literal["plain", "fp8", "fp8_per_tensor"] = "plain"
     scale: Literal["float32", "power_of_two"] = "float32"  # of FP8's tiles; V3.1's are powers
 
 
@@ -607,6 +608,14 @@ class Config:
             f"train.seq_len {self.train.seq_len} is longer than "
             f"model.max_positions {self.model.max_positions}",
         )
+        if self.precision.recipe == "fp8_per_tensor":
+            batches = (self.train, *self.train.context_stages)
+            whole = all(b.micro_batch_size in (None, b.batch_size) for b in batches)
+            _require(
+                whole and self.train.batch_ramp is None and self.mesh.num_devices == 1,
+                "precision.recipe fp8_per_tensor takes whole batches on one device: no "
+                "micro_batch_size, batch_ramp or mesh",
+            )
         for i, stage in enumerate(self.train.context_stages):
             _require(
                 stage.seq_len <= self.model.max_positions,

@@ -77,7 +77,7 @@ class Precision:
 
     param_dtype: jnp.dtype
     compute_dtype: jnp.dtype
-    recipe: Literal["plain", "fp8"] = "plain"
+    recipe: Literal["plain", "fp8", "fp8_per_tensor"] = "plain"
     scale: Literal["float32", "power_of_two"] = "float32"
 
     @classmethod

@@ -591,16 +591,14 @@ def tiny() -> Config:
 
 
 def tiny_wide() -> Config:
-    """For questions of precision: every contraction is 256 or wider, an expert's rows on average."""
+    """For questions of precision: contractions of 256 or more, an expert's rows on average."""
     attention = MlaConfig(
         num_heads=4, q_latent_dim=256, kv_latent_dim=256, nope_dim=64, rope_dim=32, value_dim=64
     )
     moe = MoeConfig(
-        num_experts=8,
+        num_experts=4,
         num_experts_per_token=2,
         expert_dim=256,
-        num_groups=4,
-        groups_per_token=2,
         gate_scale=2.5,
     )
     return Config(
@@ -614,8 +612,8 @@ def tiny_wide() -> Config:
         ),
         train=TrainConfig(
             seq_len=128,
-            batch_size=8,
-            total_tokens=1000 * 8 * 128,
+            batch_size=4,
+            total_tokens=1000 * 4 * 128,
             optimizer=OptimizerConfig(
                 learning_rate=1e-3,
                 schedule=v3_learning_rate(warmup=0.05),

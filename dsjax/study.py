@@ -90,6 +90,7 @@ def studies() -> dict[str, Study]:
             variants={
                 "BF16": (),
                 "FP8": ("precision.recipe=fp8",),
+                "FP8 a tensor": ("precision.recipe=fp8_per_tensor",),
             },
             measures=("late_loss", "eval_loss"),
         ),

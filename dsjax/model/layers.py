@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dsjax.model import fp8
+from dsjax.model import delayed, fp8
 from dsjax.model.layout import layout_of
 from dsjax.precision import Precision, Quantized, Role
 from pallas_kernels.fp8_linear import How
@@ -28,10 +28,14 @@ def weight(
     *,
     std: float,
     precision: Precision,
+    linear: bool = True,
 ) -> nnx.Param:
-    """Declares a normally distributed parameter with its logical axes (V3 report 4.2: 0.006)."""
-    values = std * jax.random.normal(key, tuple(shape), jnp.float32)
-    return nnx.Param(values.astype(precision.param_dtype), axes=axes, whole=tuple(shape))
+    """Declares a normally distributed parameter with its logical axes (V3 report 4.2: 0.006).
+
+    `linear` says whether it is used by linear layers, which may run in FP8.
+    """
+    values = (std * jax.random.normal(key, tuple(shape), jnp.float32)).astype(precision.param_dtype)
+    return nnx.Param(values, axes=axes, whole=tuple(shape), linear=linear)
 
 
 def read(
@@ -92,6 +96,9 @@ def contract(
     if role == "linear" and precision.recipe == "fp8":
         told = {"rules": rules, "precision": precision, "parts": parts, "how": how}
         return fp8.linears(x, [variable], _contracted(spec), **told)[0]
+    if role == "linear" and precision.recipe == "fp8_per_tensor":
+        w, dtype = variable[...], precision.compute_dtype
+        return delayed.linear(x, w, _contracted(spec), dtype=dtype)
     dtype = jnp.float32 if role == "router" else None
 
     def product(x):

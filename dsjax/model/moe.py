@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 
 from dsjax.config import MoeConfig
-from dsjax.model import fp8, router
+from dsjax.model import delayed, fp8, router
 from dsjax.model.layers import SwiGlu, contract, read, swiglu, weight
 from dsjax.model.layout import layout_of
 from dsjax.precision import Precision, Quantized
@@ -197,7 +197,13 @@ class MixtureOfExperts(nnx.Module):
         kept for its gradient. The rows of the buffer and the hidden vectors are gathered and
         computed again: no matrix product is.
         """
-        linear, rules, precision = self.precision.grouped_linear, self.rules, self.precision
+        rules, precision = self.rules, self.precision
+        linear = precision.grouped_linear
+        if precision.recipe == "fp8_per_tensor":
+
+            def linear(x_XD, w, tile_expert):
+                dtype = precision.compute_dtype
+                return delayed.linear(x_XD, w, 1, dtype=dtype, tile_expert=tile_expert)
 
         if precision.recipe == "fp8":
             x_UD = fp8.as_sent(x_UD)
@@ -213,12 +219,12 @@ class MixtureOfExperts(nnx.Module):
         def run_wide(x_UD, gates_UK):
             x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, **self._exchange)
             with jax.named_scope("experts"):
-                w_in_ED2F = read(self.w_in_ED2F, rules, precision)
+                w_in_ED2F = self._weights(self.w_in_ED2F)
                 gate_up_X2F = linear(x_XD, w_in_ED2F, plan.tile_expert)
                 gate_up_X2F = checkpoint_name(gate_up_X2F, "expert_gate_up")
                 hidden_XF = swiglu(gate_up_X2F)
                 hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
-                w_down_EFD = read(self.w_down_EFD, rules, precision)
+                w_down_EFD = self._weights(self.w_down_EFD)
                 y_XD = linear(hidden_XF, w_down_EFD, plan.tile_expert)
             return combine(y_XD, plan), load_E, plan.overflow
 
@@ -227,6 +233,11 @@ class MixtureOfExperts(nnx.Module):
             keep = jax.checkpoint_policies.save_only_these_names(PLAN, ROWS, "expert_gate_up")
             run = jax.checkpoint(run, policy=keep, prevent_cse=False)
         return run(x_UD, gates_UK)
+
+    def _weights(self, variable):
+        if self.precision.recipe == "fp8_per_tensor":
+            return variable[...]
+        return read(variable, self.rules, self.precision)
 
     def _routed_few(self, x_UD, gates_UK, expert_UK, stack):
         """`_routed` for a handful of tokens: expert e of layer l is number l * E + e."""

@@ -47,7 +47,10 @@ class MtpModule(nnx.Module):
         self.embedding_norm_D = norm_scale(d, "act_embed", precision)
         self.hidden_norm_D = norm_scale(d, "act_embed", precision)
         self.w_proj_2DD = weight(
-            key_proj, (2 * d, d), ("embed", None), std=config.init_std, precision=precision
+            *(key_proj, (2 * d, d), ("embed", None)),
+            std=config.init_std,
+            precision=precision,
+            linear=False,
         )
         self.block = Block(
             config.mtp.block, config, precision=precision, rules=rules, key=key_block

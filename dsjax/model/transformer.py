@@ -136,7 +136,7 @@ class Transformer(nnx.Module):
         key_embed, key_stacks, key_head, key_mtp = jax.random.split(key, 4)
         v, d = config.vocab_size, config.embed_dim
         shared: dict[str, Any] = {"precision": precision, "rules": rules}
-        std = {"std": config.init_std, "precision": precision}
+        std = {"std": config.init_std, "precision": precision, "linear": False}
         self.embed_VD = weight(key_embed, (v, d), ("vocab", "embed"), **std)
         self.final_norm_D = norm_scale(d, "act_embed", precision)
         if not config.tie_embeddings:

@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray
 
 from dsjax.config import Config
 from dsjax.meshes import specs_of
+from dsjax.model.delayed import histories
 from dsjax.model.transformer import build, split
 from dsjax.train.optimizer import adamw, decays
 from sharding.init import init
@@ -34,7 +35,8 @@ class TrainState:
         bias: {stack: float32 [L, E]} balancing biases, which they do not.
         opt: the optimizer's state.
         extra: int32 `skipped` and `skipped_in_a_row`, steps that were not finite; `ema`, float32
-            moving averages in the tree of the parameters, where the run keeps them.
+            moving averages in the tree of the parameters, where the run keeps them; `amax`, the
+            histories of delayed scaling, where the recipe has it (`dsjax.model.delayed`).
     """
 
     step: jax.Array
@@ -122,6 +124,8 @@ def _first(config: Config, params: Any, bias: Any, opt: Any) -> TrainState:
         "skipped": jnp.zeros((), jnp.int32),
         "skipped_in_a_row": jnp.zeros((), jnp.int32),
     }
+    if config.precision.recipe == "fp8_per_tensor":
+        extra["amax"] = histories(jax.eval_shape(build(config), jax.random.key(0)))
     if config.train.ema_decay is not None:  # copies: steps donate what they are given
         extra["ema"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), params, bias, opt, extra)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ScheduleConfig
+from dsjax.model.delayed import advanced, joined, parted
 from dsjax.model.router import health, update_bias
 from dsjax.model.transformer import Transformer, merge
 from dsjax.train.loss import LossAux
@@ -76,14 +77,15 @@ class TrainStep:
         if rows % here:
             raise ValueError(f"{rows} rows do not divide into micro-batches of {here}")
         totals = self.loss.totals(batch, progress, self.spread.over_processes)
+        params = joined(state.params, state.extra.get("amax", {}))
         with self.spread.mesh_set():
             sums = None
             for start in range(0, rows, here):
                 micro = {name: value[start : start + here] for name, value in batch.items()}
                 micro = self.spread(micro, micro_batch_size)
                 if sums is None:
-                    sums = self.zero(state.params, state.bias, micro, totals)
-                sums = self.accumulate(state.params, state.bias, sums, micro, totals)
+                    sums = self.zero(params, state.bias, micro, totals)
+                sums = self.accumulate(params, state.bias, sums, micro, totals)
             return self.apply(state, sums, np.float32(progress))
 
 
@@ -144,7 +146,7 @@ def make_train_step(
         return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, new)
 
     def apply(state, sums, progress):
-        grads, load = sums["grads"], sums["load"]
+        (grads, seen), load = parted(sums["grads"]), sums["load"]
         updates, opt = optimizer.update(grads, state.opt, state.params, progress=progress)
         params = optax.apply_updates(state.params, updates)
         speed = value_at(bias_speed, progress)
@@ -162,6 +164,11 @@ def make_train_step(
             "skipped": state.extra["skipped"] + ~finite,
             "skipped_in_a_row": jnp.where(finite, 0, state.extra["skipped_in_a_row"] + 1),
         }
+        if seen:
+            old = state.extra["amax"]
+            extra["amax"] = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), advanced(old, seen), old
+            )
         if ema_decay is not None:
             ema = update_ema(state.extra["ema"], params, state.step + 1, ema_decay)
             extra["ema"] = jax.tree.map(

@@ -1,0 +1,1 @@
+"""What the scripts about kernels share: cases, ahead-of-time compiles, timing and pages."""
