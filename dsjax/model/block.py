@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 from dsjax.config import BlockConfig, GqaConfig, ModelConfig, MoeConfig
 from dsjax.model.cache import Entries, Pages
 from dsjax.model.gqa import GroupedQueryAttention
-from dsjax.model.layers import SwiGlu, norm_scale, rms_norm
+from dsjax.model.layers import Normed, SwiGlu, norm_scale
 from dsjax.model.mla import MultiHeadLatentAttention
 from dsjax.model.moe import ExpertStack, MixtureOfExperts, MoeAux
 from dsjax.model.row import Row
@@ -77,7 +77,7 @@ class Block(nnx.Module):
         Returns:
             (hidden states, the cache, what the experts tell or None for a dense layer).
         """
-        normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps)
+        normed_BTD = Normed(x_BTD, self.attention_norm_D[...], self.norm_eps)
         attended_BTD, entries = self.attention(
             normed_BTD,
             where=where,
@@ -88,11 +88,11 @@ class Block(nnx.Module):
             fresh=fresh,
         )
         x_BTD = x_BTD + attended_BTD
-        normed_BTD = rms_norm(x_BTD, self.ffn_norm_D[...], self.norm_eps)
+        normed_BTD = Normed(x_BTD, self.ffn_norm_D[...], self.norm_eps)
         if isinstance(self.ffn, SwiGlu):
             return x_BTD + self.ffn(normed_BTD), entries, None
         y_BTD, aux = self.ffn(
-            normed_BTD,
+            normed_BTD.value(),
             bias_E=bias_E,
             segments_BT=where.segments_BT,
             routing_BTK=routing_BTK,

@@ -18,9 +18,16 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.model.layout import layout_of
 from dsjax.precision import Precision, Quantized
-from pallas_kernels.fp8_linear import How, fp8_linear, fp8_linears, fp8_swiglu_linear
+from pallas_kernels.fp8_linear import (
+    How,
+    fp8_linear,
+    fp8_linears,
+    fp8_norm_linears,
+    fp8_swiglu_linear,
+)
 from pallas_kernels.quantize import quantize
-from pallas_kernels.quantize.reference import choose_scale
+from pallas_kernels.quantize.exact import as_float, divide, divisor
+from pallas_kernels.quantize.reference import choose_scale, magnitude_bits
 from pallas_kernels.tiled import LARGEST, TILE, ScaleFormat, Tiled, dequantize, tiles
 from sharding import island
 from sharding.dispatch import Codec
@@ -41,7 +48,8 @@ class Parameter:
     Attributes:
         lead: dimensions before the matrix's (experts).
         in_dims: dimensions of the parameter that are contracted.
-        parts: matrices side by side in the last dimension, with blocks of their own, as published.
+        parts: matrices side by side in the last dimension, with blocks of their own, as published;
+            1 where each has whole blocks, so that they lie like those of one matrix.
         layout: mesh axes of each dimension.
         kept: those over which it stays apart.
         scale: of its blocks.
@@ -72,7 +80,7 @@ class Parameter:
             return quantize(self._parts(whole), tile=(TILE, TILE), scale=self.scale)
         if not any(cut):
             return quantize(self._parts(w), tile=(TILE, TILE), scale=self.scale)
-        return _gather_blocks(self._matrix(w), *cut, self.scale)
+        return _gather_blocks(self._parts(w), *cut, self.scale)
 
     def push(self, dw: Array, w: Any) -> Any:
         """The gradient in the parameter's shape, summed over devices, of what this one stores."""
@@ -114,18 +122,28 @@ class Parameter:
 
     def _check(self, w):
         """Where the rows or columns of a matrix stay apart for good, blocks must lie whole."""
-        first_out = self.lead + self.in_dims
+        first_out, gathered = self.lead + self.in_dims, self._gathered()
         for name, dims in (
             ("rows", range(self.lead, first_out)),
             ("columns", range(first_out, w.ndim)),
         ):
             apart = tuple(a for dim in dims for a in island.inside(self.kept[dim]))
-            size = math.prod(w.shape[dim] for dim in dims)
-            if apart and (size % TILE or self.parts > 1):
-                raise LayoutError(
-                    f"over {', '.join(apart)} a device has {size} {name} of a weight; FP8's blocks "
-                    f"of {TILE} need whole ones"
-                )
+            size = math.prod(w.shape[dim] * island.count(gathered[dim]) for dim in dims)
+            if apart:
+                _check_whole(name, size, apart, self.parts if name == "columns" else 1)
+
+
+def _check_whole(name: str, size: int, apart: tuple[str, ...], parts: int) -> None:
+    if size % TILE:
+        raise LayoutError(
+            f"over {', '.join(apart)} a device has {size} {name} of a weight; FP8 needs whole "
+            f"blocks of {TILE}"
+        )
+    if parts > 1:
+        raise LayoutError(
+            f"over {', '.join(apart)} a device has {size} {name} of two weights side by side; FP8 "
+            f"needs each to have whole blocks of {TILE}"
+        )
 
 
 def _filled(w: Array, parts: int) -> Array:
@@ -153,17 +171,20 @@ def _gather_blocks(w, row_axes, column_axes, scale) -> Tiled:
     outer = tuple(first // TILE for first in firsts)
     zeros = (0,) * len(lead)
     placed = jnp.zeros((*lead, touched[0] * TILE, touched[1] * TILE), jnp.float32)
-    placed = jax.lax.dynamic_update_slice(placed, jnp.abs(w).astype(jnp.float32), (*zeros, *inner))
-    amax = jnp.max(placed.reshape(*lead, touched[0], TILE, touched[1], TILE), axis=(-3, -1))
+    placed = jax.lax.dynamic_update_slice(placed, w.astype(jnp.float32), (*zeros, *inner))
+    placed = placed.reshape(*lead, touched[0], TILE, touched[1], TILE)
     blocks = tuple(tiles(size * count) for size, count in zip((k, n), counts, strict=True))
-    room = jnp.zeros((*lead, blocks[0] + 1, blocks[1] + 1), jnp.float32)
-    room = jax.lax.dynamic_update_slice(room, amax, (*zeros, *outer))
-    scales = choose_scale(jax.lax.pmax(room, (*row_axes, *column_axes)), scale)
+    room = jnp.zeros((*lead, blocks[0] + 1, blocks[1] + 1), jnp.int32)
+    room = jax.lax.dynamic_update_slice(room, magnitude_bits(placed, (-3, -1)), (*zeros, *outer))
+    room = jax.lax.pmax(room, (*row_axes, *column_axes))
+    scales = choose_scale(as_float(room), scale)
     own = jax.lax.dynamic_slice(scales, (*zeros, *outer), (*lead, *touched))
-    own = jnp.repeat(jnp.repeat(own, TILE, axis=-2), TILE, axis=-1)
-    own = jax.lax.dynamic_slice(own, (*zeros, *inner), (*lead, k, n))
-    q = jnp.clip(w.astype(jnp.float32) / own, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+    # The kernels' division, so that a weight has the same bits however many devices round it.
+    quotient = divide(placed, divisor(own[..., :, None, :, None]))
+    q = jnp.clip(quotient, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
     bits = jax.lax.bitcast_convert_type(q, jnp.uint8)
+    bits = bits.reshape(*lead, touched[0] * TILE, touched[1] * TILE)
+    bits = jax.lax.dynamic_slice(bits, (*zeros, *inner), (*lead, k, n))
     for dim, over in ((len(lead), row_axes), (len(lead) + 1, column_axes)):
         if over:
             bits = jax.lax.all_gather(bits, over, axis=dim, tiled=True)
@@ -185,11 +206,13 @@ def parameter(
 ) -> Parameter:
     """The source of a variable."""
     layout, kept = layout_of(variable, rules)
+    whole = variable.get_metadata()["whole"][lead + in_dims :]
+    parts = parts if math.prod(whole) // parts % TILE else 1
     return Parameter(lead, in_dims, parts, layout, kept, precision.scale)
 
 
 def linears(
-    x: Float[Array, "..."],
+    x: Any,
     variables: Sequence[nnx.Variable],
     in_dims: int,
     *,
@@ -201,7 +224,7 @@ def linears(
     """Contracts the last `in_dims` dimensions of x with the first of each weight.
 
     Args:
-        x: activations.
+        x: activations, or `layers.Normed`, of whose last dimension alone contractions are.
         variables: the weights.
         in_dims: how many dimensions are contracted.
         rules: where the weights lie.
@@ -212,13 +235,19 @@ def linears(
     Returns:
         Of each weight x's other dimensions and then the weight's.
     """
+    norm = None if isinstance(x, jax.Array) else (x.scale_D, x.eps)
+    x = x if norm is None else x.x
+    assert norm is None or in_dims == 1, "a norm is of one dimension"
     lead = x.shape[: x.ndim - in_dims]
     x_MK = x.reshape(math.prod(lead), -1).astype(precision.compute_dtype)
     told = {"rules": rules, "precision": precision, "parts": parts}
     sources = tuple(parameter(v, in_dims, **told) for v in variables)
     weights = tuple(v[...] for v in variables)
     how = how or How(precision.scale, precision.scale)
-    results = fp8_linears(x_MK, weights, sources=sources, how=how)
+    if norm is None:
+        results = fp8_linears(x_MK, weights, sources=sources, how=how)
+    else:
+        _, results = fp8_norm_linears(x_MK, *norm, weights, sources=sources, how=how)
     return tuple(
         _columns(y, source, variable).reshape(*lead, *_out_shape(source, variable))
         for y, source, variable in zip(results, sources, variables, strict=True)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsjax.config import GqaConfig
 from dsjax.model import fp8, rope
 from dsjax.model.cache import KeysValues, Pages, write
-from dsjax.model.layers import bias, contract, contract_all, read, weight
+from dsjax.model.layers import Normed, bias, contract, contract_all, enter, read, weight
 from dsjax.model.row import Row, attend
 from dsjax.precision import Precision
 from pallas_kernels.gqa_decode import gqa_decode
@@ -53,7 +53,7 @@ class GroupedQueryAttention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
+        x_BTD: Float[Array, "B T D"] | Normed,
         *,
         where: Row,
         entries: KeysValues | None = None,
@@ -64,7 +64,7 @@ class GroupedQueryAttention(nnx.Module):
         """Attends within the sequence, or to the cache.
 
         Args:
-            x_BTD: normed hidden states.
+            x_BTD: normed hidden states, or such as wait for it.
             where: the places of the tokens.
             entries: the stack's cache, or None without one.
             layer: which layer of the cache is this one's.
@@ -75,7 +75,7 @@ class GroupedQueryAttention(nnx.Module):
         Returns:
             (output [B, T, D], the cache with this layer's new entries, or None).
         """
-        x_BTD = island.enter(x_BTD, self.rules.of("act_heads"), self.rules)
+        x_BTD = enter(x_BTD, self.rules.of("act_heads"), self.rules)
         turn = where.query_turns[(self.config.rope, self.config.rope_dim)]
         q_BTNA, k_BTIA, v_BTIH = self._project(x_BTD, turn)
         if entries is not None:

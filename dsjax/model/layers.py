@@ -5,7 +5,7 @@ Knows nothing about attention or experts. D model width, F hidden width, B seque
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,36 @@ def weight(
     return nnx.Param(values, axes=axes, whole=tuple(shape), linear=linear)
 
 
+class Normed(NamedTuple):
+    """Hidden states that a norm is still to be applied to: FP8 rounds them as they are normed.
+
+    Attributes:
+        x: [..., D].
+        scale_D: of the RMSNorm.
+        eps: of it.
+    """
+
+    x: Array
+    scale_D: Array
+    eps: float
+
+    def value(self) -> Array:
+        """The normed states."""
+        return rms_norm(self.x, self.scale_D, self.eps)
+
+
+def value(x: Array | Normed) -> Array:
+    """What a layer is given, with its norm applied."""
+    return x.value() if isinstance(x, Normed) else x
+
+
+def enter(x: Array | Normed, axes: tuple[str, ...], rules: AxisRules) -> Array | Normed:
+    """`island.enter`; a norm, which is of each position by itself, may come after."""
+    if isinstance(x, Normed):
+        return x._replace(x=island.enter(x.x, axes, rules))
+    return island.enter(x, axes, rules)
+
+
 def read(
     variable: nnx.Variable, rules: AxisRules, precision: Precision, dtype: Any = None
 ) -> Array | Quantized:
@@ -68,7 +98,7 @@ def bias(shape: Sequence[int], axes: tuple[str | None, ...], precision: Precisio
 
 
 def contract(
-    x: Float[Array, "..."],
+    x: Float[Array, "..."] | Normed,
     variable: nnx.Variable,
     spec: str,
     *,
@@ -84,7 +114,7 @@ def contract(
     layer's weights is more than a device has.
 
     Args:
-        x: activations.
+        x: activations; of one dimension contracted, they may wait for their norm.
         variable: the weight.
         spec: einsum of the two.
         rules: where weights lie.
@@ -96,6 +126,7 @@ def contract(
     if role == "linear" and precision.recipe == "fp8":
         told = {"rules": rules, "precision": precision, "parts": parts, "how": how}
         return fp8.linears(x, [variable], _contracted(spec), **told)[0]
+    x = value(x)
     if role == "linear" and precision.recipe == "fp8_per_tensor":
         w, dtype = variable[...], precision.compute_dtype
         return delayed.linear(x, w, _contracted(spec), dtype=dtype)
@@ -111,7 +142,7 @@ def contract(
 
 
 def contract_all(
-    x: Float[Array, "..."],
+    x: Float[Array, "..."] | Normed,
     variables: Sequence[nnx.Variable],
     spec: str,
     *,
@@ -122,6 +153,7 @@ def contract_all(
     if precision.recipe == "fp8":
         told = {"rules": rules, "precision": precision}
         return fp8.linears(x, variables, _contracted(spec), **told)
+    x = value(x)
     told = {"rules": rules, "precision": precision}
     return tuple(contract(x, variable, spec, **told) for variable in variables)
 
@@ -199,11 +231,11 @@ class SwiGlu(nnx.Module):
         )
 
     @jax.named_scope("dense_ffn")
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"] | Normed) -> Float[Array, "B T D"]:
         """Applies the layer; [B, T, D] -> [B, T, D]."""
         rules, how = self.rules, {"rules": self.rules, "precision": self.precision}
         axes = rules.of("act_mlp")
-        x_BTD = island.enter(x_BTD, axes, rules)
+        x_BTD = enter(x_BTD, axes, rules)
         gate_up_BT2F = contract(x_BTD, self.w_in_D2F, "btd,df->btf", parts=2, **how)
         if self.precision.recipe == "fp8" and not island.inside(axes):
             y_BTD = fp8.swiglu_linear(gate_up_BT2F, self.w_down_FD, **how)

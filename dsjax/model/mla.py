@@ -17,7 +17,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsjax.config import MlaConfig
 from dsjax.model import fp8, rope
 from dsjax.model.cache import Pages, write
-from dsjax.model.layers import contract, contract_all, norm_scale, read, rms_norm, weight
+from dsjax.model.layers import (
+    Normed,
+    contract,
+    contract_all,
+    enter,
+    norm_scale,
+    read,
+    rms_norm,
+    weight,
+)
 from dsjax.model.row import Row, attend
 from dsjax.precision import Precision
 from pallas_kernels.mla_decode import mla_decode
@@ -61,7 +70,7 @@ class MultiHeadLatentAttention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
+        x_BTD: Float[Array, "B T D"] | Normed,
         *,
         where: Row,
         entries: Float[Array, "L X S Z"] | None = None,
@@ -72,7 +81,7 @@ class MultiHeadLatentAttention(nnx.Module):
         """Attends within the sequence, or to the cache.
 
         Args:
-            x_BTD: normed hidden states.
+            x_BTD: normed hidden states, or such as wait for it.
             where: the places of the tokens.
             entries: the stack's cache [L, X, S, Z], or None without one.
             layer: which layer of the cache is this one's.
@@ -115,10 +124,8 @@ class MultiHeadLatentAttention(nnx.Module):
         if self.config.q_latent_dim is None:
             c_BTQ, z_BTZ = x_BTD, self._linear(x_BTD, self.w_dkvr_DZ, "btd,dz->btz")
         else:
-            weights, how = [self.w_dq_DQ, self.w_dkvr_DZ], (self.rules, self.precision)
-            c_BTQ, z_BTZ = contract_all(
-                x_BTD, weights, "btd,dz->btz", rules=how[0], precision=how[1]
-            )
+            weights, told = [self.w_dq_DQ, self.w_dkvr_DZ], {"precision": self.precision}
+            c_BTQ, z_BTZ = contract_all(x_BTD, weights, "btd,dz->btz", rules=self.rules, **told)
             c_BTQ = checkpoint_name(c_BTQ, "latent")
         return c_BTQ, checkpoint_name(z_BTZ, "latent")
 
@@ -127,13 +134,13 @@ class MultiHeadLatentAttention(nnx.Module):
         linear, rules, config = self._linear, self.rules, self.config
         heads = rules.of("act_heads")
         if config.q_latent_dim is None:
-            x_BTD = island.enter(c_BTQ, heads, rules)
+            x_BTD = enter(c_BTQ, heads, rules)
             q_BTNA = linear(x_BTD, self.w_q_DNA, "btd,dna->btna")
         else:
-            c_BTQ = rms_norm(c_BTQ, self.q_norm_Q[...], config.latent_norm_eps)
             # The latent travels, which is narrower than x.
             c_BTQ = island.enter(c_BTQ, heads, rules)
-            q_BTNA = linear(c_BTQ, self.w_uq_QNA, "btq,qna->btna")
+            normed_BTQ = Normed(c_BTQ, self.q_norm_Q[...], config.latent_norm_eps)
+            q_BTNA = linear(normed_BTQ, self.w_uq_QNA, "btq,qna->btna")
         q_nope_BTNP, q_rope_BTNR = jnp.split(q_BTNA, [config.nope_dim], axis=-1)
         return q_nope_BTNP, rope.rotate(q_rope_BTNR, turn)
 

@@ -20,8 +20,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import grouped_fp8_matmul, grouped_fp8_weight_gradient
-from pallas_kernels.quantize import quantize, quantize_both, swiglu_quantize
-from pallas_kernels.quantize.reference import swiglu
+from pallas_kernels.quantize import (
+    quantize,
+    quantize_both,
+    rms_norm_quantize,
+    swiglu_quantize,
+)
+from pallas_kernels.quantize.reference import rms_norm, swiglu
 from pallas_kernels.tiled import ScaleFormat, Tiled, dequantize, transpose
 
 
@@ -77,8 +82,8 @@ def fp8_linear(
     w: Any,
     tile_expert: jax.Array | None = None,
     *,
-    source: Source = Here(),  # noqa: B008
-    how: How = How(),  # noqa: B008
+    source: Source = Here(),
+    how: How = How(),
 ) -> jax.Array:
     """Multiplies rows with a weight.
 
@@ -102,10 +107,35 @@ def fp8_linears(
     weights: tuple[Any, ...],
     *,
     sources: tuple[Source, ...],
-    how: How = How(),  # noqa: B008
+    how: How = How(),
 ) -> tuple[jax.Array, ...]:
     """`fp8_linear` of several weights with one input, which is rounded and kept once."""
     return _linears(x_MK, weights, None, sources, how)
+
+
+def fp8_norm_linears(
+    x_MK: jax.Array,
+    norm_K: jax.Array,
+    eps: float,
+    weights: tuple[Any, ...],
+    *,
+    sources: tuple[Source, ...],
+    how: How = How(),
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """RMSNorm and `fp8_linears` of its result, which is rounded in the pass that makes it.
+
+    Args:
+        x_MK: rows.
+        norm_K: what the norm multiplies each column with.
+        eps: the norm adds to the mean square.
+        weights: as in `fp8_linears`.
+        sources: of the weights.
+        how: the normed rows are rounded.
+
+    Returns:
+        (the normed rows, [M, N] of each weight), in the dtype of x.
+    """
+    return _norm_linears(x_MK, norm_K, weights, eps, sources, how)
 
 
 def fp8_swiglu_linear(
@@ -114,8 +144,8 @@ def fp8_swiglu_linear(
     gates_X: jax.Array | None = None,
     tile_expert: jax.Array | None = None,
     *,
-    source: Source = Here(),  # noqa: B008
-    how: How = How(kept="gate_up"),  # noqa: B008
+    source: Source = Here(),
+    how: How = How(kept="gate_up"),
 ) -> jax.Array:
     """Multiplies SwiGLU's hidden vectors, times a number a row, with a weight.
 
@@ -188,6 +218,11 @@ def _linears_forward(x_MK, weights, tile_expert, sources, how):
 
 def _linears_backward(sources, how, saved, gradients):
     kept, weights, tile_expert, like = saved
+    dx_MK, dws = _backward_products(kept, like, weights, tile_expert, gradients, sources, how)
+    return dx_MK, dws, _no_gradient(tile_expert)
+
+
+def _backward_products(kept, like, weights, tile_expert, gradients, sources, how):
     # Parts of a sum stay float32.
     dtype = like.dtype if len(weights) == 1 else jnp.float32
     dx, dws = [], []
@@ -200,10 +235,40 @@ def _linears_backward(sources, how, saved, gradients):
         experts = w_KN.q.shape[0]
         dws.append(source.push(_weight_gradient(kept, dy_NM, tile_expert, experts, how), w))
     dx_MK = functools.reduce(jnp.add, dx).astype(like.dtype)
-    return dx_MK, tuple(dws), _no_gradient(tile_expert)
+    return dx_MK, tuple(dws)
 
 
 _linears.defvjp(_linears_forward, _linears_backward)
+
+
+# ---- norm and linear ----------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _norm_linears(x_MK, norm_K, weights, eps, sources, how):
+    normed_MK = rms_norm(x_MK, norm_K, eps)
+    x = quantize(normed_MK, scale=how.scale, implementation=how.implementation)
+    return normed_MK, _forward_products(x, x_MK.dtype, weights, None, sources, how)
+
+
+def _norm_linears_forward(x_MK, norm_K, weights, eps, sources, how):
+    normed_MK, x, kept = rms_norm_quantize(
+        x_MK, norm_K, eps, scale=how.scale, implementation=how.implementation
+    )
+    kept = Tiled(*(checkpoint_name(part, how.kept) for part in kept))
+    y = _forward_products(x, x_MK.dtype, weights, None, sources, how)
+    return (normed_MK, y), (x_MK, norm_K, kept, weights)
+
+
+def _norm_linears_backward(eps, sources, how, saved, gradients):
+    x_MK, norm_K, kept, weights = saved
+    dnormed_MK, dys = gradients
+    dx_MK, dws = _backward_products(kept, x_MK, weights, None, dys, sources, how)
+    _, back = jax.vjp(lambda x, norm: rms_norm(x, norm, eps), x_MK, norm_K)
+    return *back(dnormed_MK + dx_MK), dws
+
+
+_norm_linears.defvjp(_norm_linears_forward, _norm_linears_backward)
 
 
 # ---- SwiGLU and linear --------------------------------------------------------------------------
