@@ -210,12 +210,32 @@ def _of_model(lm: LanguageModel, config: Config, seed: int) -> dict[str, float]:
 
 
 def summary(results: dict[str, dict[str, list[float]]]) -> str:
-    """A table: a line a variant, mean and range over the seeds of each measure."""
+    """A table: a line a variant, mean and range over the seeds of each measure.
+
+    Below it how far each variant's mean is from the first's, and how far that one's seeds lie from
+    each other: what is less than the second is not known to be anything.
+    """
     names = list(dict.fromkeys(name for figures in results.values() for name in figures))
     lines = ["  ".join([f"{'':<16}", *(f"{name:>28}" for name in names)])]
     for variant, figures in results.items():
         cells = [_cell(figures.get(name, [])) for name in names]
         lines.append("  ".join([f"{variant:<16}", *(f"{cell:>28}" for cell in cells)]))
+    first, *others = results
+    for name in names:
+        if not (base := results[first].get(name)):
+            continue
+        mean = statistics.fmean(base)
+        gaps = [
+            f"{variant} {statistics.fmean(values) / mean - 1:+.2%}"
+            for variant in others
+            if (values := results[variant].get(name))
+        ]
+        if mean and gaps:
+            spread = (max(base) - min(base)) / abs(mean)
+            lines.append(
+                f"{name} against {first}: {', '.join(gaps)} "
+                f"(the seeds of {first} lie {spread:.2%} apart)"
+            )
     return "\n".join(lines)
 
 

@@ -229,6 +229,8 @@ def test_a_study_trains_measures_and_draws(tmp_path):
     table = summary(results)
     assert "second_token_acceptance" in table
     assert table.splitlines()[2].rstrip().endswith("-")
+    gap = results["without"]["eval_loss"][0] / results["with MTP"]["eval_loss"][0] - 1
+    assert f"eval_loss against with MTP: without {gap:+.2%}" in table
     jax.clear_caches()
 
 
