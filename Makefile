@@ -22,6 +22,7 @@ PY := .venv/bin/python
 STAMP := .venv/.stamp
 ORACLE_PY := .venv-oracle/bin/python
 ORACLE_STAMP := .venv-oracle/.stamp
+AOT_STAMP := .aot/.stamp
 
 # Compiled programs are kept between runs, in the checkout: the tests' time is mostly XLA's.
 PYTEST = JAX_COMPILATION_CACHE_DIR="$${JAX_COMPILATION_CACHE_DIR:-$(CURDIR)/.cache/jax}" \
@@ -92,6 +93,19 @@ $(ORACLE_STAMP): Makefile
 	@echo "installing torch and transformers into .venv-oracle"
 	@$(ORACLE_PY) -m pip install --quiet torch==2.13.0 transformers==5.23.0 safetensors gguf==0.19.0
 	@touch $@
+
+.PHONY: aot
+aot: $(AOT_STAMP) ## compilers for an H100 and TPUs, into .aot (1.2 GB; .venv stays without plugins)
+
+$(AOT_STAMP): .ci/aot-requirements.txt | $(STAMP)
+	@echo "installing .ci/aot-requirements.txt into .aot"
+	@rm -rf .aot
+	@$(PY) -m pip install --quiet --no-deps --target .aot -r .ci/aot-requirements.txt
+	@touch $@
+
+.PHONY: kernels
+kernels: $(AOT_STAMP) ## compile every kernel for them, and compare with docs/kernel_resources.json
+	$(PY) -m experiments.kernel_resources $(ARGS)
 
 .PHONY: bench
 bench: $(STAMP) ## every benchmark, experiments/*bench*.py (peers run in .venv-oracle: make oracle)

@@ -17,6 +17,7 @@ from dsjax.config import Config, MeshConfig
 from dsjax.errors import InputError
 from dsjax.model.transformer import build
 from dsjax.precision import Quantized
+from pallas_kernels.tiled import TILE
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import PRESETS, AxisRules, Exchange, Layout, LayoutError, as_spec
 from sharding.spread import Spread
@@ -95,7 +96,8 @@ def layouts_of(
         sizes: devices along each mesh axis.
 
     Raises:
-        InputError: for a dimension that does not divide, naming the weight and the devices.
+        InputError: for a dimension that does not divide, naming the weight and the devices, or of
+            which FP8's blocks would be cut for good.
     """
     model = jax.eval_shape(build(config, rules), jax.random.key(0))
     found = {}
@@ -106,7 +108,33 @@ def layouts_of(
         except LayoutError as error:
             raise InputError(f"{name}: {error}") from error
         found[name] = variable, layout
+        if config.precision.recipe == "fp8":
+            _check_blocks(name, variable, layout, rules, sizes)
     return found
+
+
+def _check_blocks(name, variable, layout, rules, sizes):
+    """Of a weight that devices compute with in parts, each has whole blocks of FP8.
+
+    Where it is gathered before use its borders may lie anywhere (`dsjax.model.fp8`).
+    """
+    told = variable.get_metadata()
+    if not told.get("linear"):
+        return
+    for dim, (axis, over) in enumerate(zip(told["axes"], layout, strict=True)):
+        apart = [a for a in over if a in rules.kept(axis)]
+        if not apart or axis not in ("heads", "mlp"):
+            continue
+        whole = variable.shape[dim] * (variable.shape[dim + 1] if axis == "heads" else 1)
+        here = whole // math.prod(sizes[a] for a in apart)
+        fused = axis == "mlp" and dim == len(layout) - 1  # gates and ups, each with its own blocks
+        if here % TILE or (fused and whole // 2 % TILE):
+            parts = " x ".join(f"{a}={sizes[a]}" for a in apart)
+            of = "gates and ups" if fused else axis
+            raise InputError(
+                f"{name}: over {parts} a device has {here} of {whole} numbers along {of}; "
+                f"precision.recipe fp8 needs whole blocks of {TILE}"
+            )
 
 
 def specs_of(

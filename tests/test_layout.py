@@ -210,6 +210,24 @@ KEPT = [
     ("nano", "rules=fsdp_ep_tp", "fsdp=2", "expert=2", "tensor=2", NONE),
     ("nano_dense", "rules=fsdp_ep_tp", "fsdp=2", "tensor=2", "context=2", NONE),
 ]
+FP8, SELECTIVE = "precision.recipe=fp8", "train.remat=selective"
+# Where `tensor` cuts heads, whole blocks of 128 for each device.
+WIDE_HEADS = tuple(
+    f"model.{block}.attention.{field}"
+    for block in ("stacks.dense.blocks.0", "stacks.moe.blocks.0", "mtp.block")
+    for field in ("num_heads=8", "nope_dim=32", "rope_dim=32", "value_dim=32")
+)
+IN_FP8 = [
+    ("nano", "rules=fsdp_ep", "fsdp=2", "expert=4", FP8, SELECTIVE),
+    (
+        *("nano", "rules=fsdp_ep", "fsdp=2", "expert=4", "exchange=ragged", FP8, FULL),
+        *("precision.compute_dtype=bfloat16", "model.stacks.dense.blocks.0.ffn.hidden_dim=128"),
+    ),
+    ("nano", "rules=fsdp", "fsdp=4", "context=2", FP8, NONE),
+    ("nano", "rules=fsdp_ep_tp", "fsdp=2", "expert=2", "tensor=2", FP8, SELECTIVE, *WIDE_HEADS),
+    ("nano_dense", "rules=fsdp_ep", "fsdp=2", "expert=4", FP8, FULL),
+    ("nano", "rules=fsdp_ep", "fsdp=2", "expert=4", SELECTIVE),
+]
 
 
 def slow(case):
@@ -226,6 +244,8 @@ def named(case):
         *(case if i in (1, 3, 4, 5, 7) else slow(case) for i, case in enumerate(TRACED)),
         KEPT[0],
         *(slow(case) for case in KEPT[1:]),
+        IN_FP8[0],
+        *(slow(case) for case in IN_FP8[1:]),
     ],
     ids=named,
 )

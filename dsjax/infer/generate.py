@@ -39,15 +39,20 @@ class Generation:
     stopped_B: np.ndarray
 
 
-def prepare(params: dict, bias: dict, dtype: jnp.dtype) -> tuple[dict, dict]:
+def prepare(
+    params: dict, bias: dict, dtype: jnp.dtype, *, recipe: str = "plain"
+) -> tuple[dict, dict]:
     """Casts weights for decoding, once a weight version; those of that dtype are shared.
 
-    The router's weight stays float32; norms, and weights in FP8, keep what they are kept in.
+    The router's weight stays float32; norms, and weights in FP8, keep what they are kept in. So do
+    all matrices of a recipe that rounds them from float32 masters.
     """
 
     def cast(path, leaf):
-        name = jax.tree_util.keystr(path[-1:])
+        name = jax.tree_util.keystr(path[-1:], simple=True)
         if isinstance(leaf, Quantized) or "router" in name or "norm" in name:
+            return leaf
+        if recipe == "fp8" and name.startswith("w_"):
             return leaf
         return leaf.astype(dtype)
 
@@ -169,8 +174,9 @@ def _run(
 ):
     """`run` of the sequences of one device."""
     # Once a call, not once a token: weights kept in another dtype are cast here.
-    dtype = merge(graphdef, params, bias).precision.compute_dtype
-    model = merge(graphdef, *prepare(params, bias, dtype))
+    precision = merge(graphdef, params, bias).precision
+    params, bias = prepare(params, bias, precision.compute_dtype, recipe=precision.recipe)
+    model = merge(graphdef, params, bias)
     batch, width = tokens_BT.shape
     table_BX = contiguous_table(batch, width + budget)
     entries = empty_entries(model.config, table_BX.size, model.precision.compute_dtype)

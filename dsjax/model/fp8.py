@@ -89,10 +89,7 @@ class Parameter:
         shape = list(w.shape)
         for dim, axes in enumerate(self._gathered()):
             shape[dim] *= island.count(axes)
-        width = shape[-1] // self.parts
-        if self.parts > 1 and width % TILE:
-            dw = dw.reshape(*dw.shape[:-1], self.parts, -1)[..., :width]
-        dw = dw.reshape(shape)
+        dw = _unfilled(dw, self.parts, shape[-1] // self.parts).reshape(shape)
         return island.scatter(dw, self.layout, self.kept).astype(w.dtype)
 
     def _matrix(self, w):
@@ -154,6 +151,14 @@ def _filled(w: Array, parts: int) -> Array:
     w = w.reshape(*w.shape[:-1], parts, width)
     edges = [(0, 0)] * (w.ndim - 1) + [(0, -width % TILE)]
     return jnp.pad(w, edges).reshape(*w.shape[:-2], -1)
+
+
+def _unfilled(y: Array, parts: int, width: int) -> Array:
+    """The way back from `_filled`, to parts of the given width."""
+    if parts == 1 or width % TILE == 0:
+        return y
+    y = y.reshape(*y.shape[:-1], parts, -1)[..., :width]
+    return y.reshape(*y.shape[:-2], -1)
 
 
 def _gather_blocks(w, row_axes, column_axes, scale) -> Tiled:
@@ -266,10 +271,7 @@ def _out_shape(source: Parameter, variable: nnx.Variable):
 def _columns(y, source, variable):
     """Without the columns that fill parts up to whole blocks."""
     width = math.prod(_out_shape(source, variable)) // source.parts
-    if source.parts == 1 or width % TILE == 0:
-        return y
-    y = y.reshape(*y.shape[:-1], source.parts, -1)[..., :width]
-    return y.reshape(*y.shape[:-2], -1)
+    return _unfilled(y, source.parts, width)
 
 
 def swiglu_linear(
@@ -311,30 +313,31 @@ def experts(
 
 def few_experts(
     x_XD: Float[Array, "X D"],
-    w: Float[Array, "E D F"] | Quantized,
+    gates_X: Float[Array, " X"],
     tile_expert: Int[Array, " _"],
+    w_in: Float[Array, "E D F2"] | Quantized,
+    w_down: Float[Array, "E F D"] | Quantized,
     *,
     precision: Precision,
-    parts: int = 1,
-    scale: ScaleFormat,
-) -> Float[Array, "X F"]:
-    """Rows times their experts' weights, of many more experts than there are tiles.
+) -> Float[Array, "X D"]:
+    """`experts` of rows in fewer tiles than there are experts, without gradients.
 
     Only the weights that are named are rounded.
     """
-    experts = w.q.shape[0] if isinstance(w, Quantized) else w.shape[0]
+    experts = jax.tree.leaves(w_in)[0].shape[0]
     taken = jnp.minimum(tile_expert, experts - 1)
     own = jnp.arange(tile_expert.size, dtype=tile_expert.dtype)
     tile_expert = jnp.where(tile_expert < experts, own, tile_expert.size)
-    w = w.take(taken) if isinstance(w, Quantized) else w[taken]
+    w_in, w_down = (w.take(taken) if isinstance(w, Quantized) else w[taken] for w in (w_in, w_down))
+    width = jax.tree.leaves(w_in)[0].shape[-1] // 2
     apart = ((),) * 3
-    source = Parameter(1, 1, parts, apart, apart, precision.scale)
+    into = Parameter(1, 1, 2 if width % TILE else 1, apart, apart, precision.scale)
     x_XD = x_XD.astype(precision.compute_dtype)
-    y = fp8_linear(x_XD, w, tile_expert, source=source, how=How(scale))
-    width = (w.q if isinstance(w, Quantized) else w).shape[-1] // parts
-    if parts > 1 and width % TILE:
-        y = y.reshape(-1, parts, y.shape[-1] // parts)[..., :width].reshape(y.shape[0], -1)
-    return y
+    gate_up = fp8_linear(x_XD, w_in, tile_expert, source=into, how=CROSSING)
+    gate_up = _unfilled(gate_up, into.parts, width)
+    down = Parameter(1, 1, 1, apart, apart, precision.scale)
+    how = How(precision.scale)
+    return fp8_swiglu_linear(gate_up, w_down, gates_X, tile_expert, source=down, how=how)
 
 
 def rounded(
@@ -351,12 +354,17 @@ def rounded(
 # ---- what crosses between devices ---------------------------------------------------------------
 
 
+# FP8 travels as bytes: XLA:CPU was seen to garble it in an all-to-all.
+
+
 def _encode(x):
-    return tuple(quantize(x, scale="power_of_two"))
+    q, scale = quantize(x, scale="power_of_two")
+    return jax.lax.bitcast_convert_type(q, jnp.uint8), scale
 
 
 def _decode(arrays, dtype):
-    return dequantize(Tiled(*arrays), dtype)
+    bits, scale = arrays
+    return dequantize(Tiled(jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), scale), dtype)
 
 
 def _as_computed(x):

@@ -241,29 +241,27 @@ class MixtureOfExperts(nnx.Module):
 
     def _routed_few(self, x_UD, gates_UK, expert_UK, stack):
         """`_routed` for a handful of tokens: expert e of layer l is number l * E + e."""
-        precision = self.precision
+        precision, is_fp8 = self.precision, self.precision.recipe == "fp8"
         layers, num_experts = jax.tree.leaves(stack.w_in_LED2F)[0].shape[:2]  # of this device
         how = self._exchange
-        if precision.recipe == "fp8":
+        if is_fp8:
             x_UD = fp8.as_sent(x_UD)
             how["block"] = None  # no gradient is taken: tiles may be small
-
-            def linear(x_XD, w_EDF, tile_expert, **told):
-                return fp8.few_experts(x_XD, w_EDF, tile_expert, precision=precision, **told)
-
-            into, down = {"parts": 2, "scale": "power_of_two"}, {"scale": precision.scale}
-        else:
-            linear, into, down = precision.grouped_linear, {}, {}
         x_XD, gates_X, load_E, plan = dispatch(x_UD, gates_UK, expert_UK, **how)
         tile_expert = jnp.where(
             plan.tile_expert < num_experts,
             plan.tile_expert + stack.layer * num_experts,
             layers * num_experts,
         )
+        w_in, w_down = _joined(stack.w_in_LED2F), _joined(stack.w_down_LEFD)
         with jax.named_scope("experts"):
-            hidden_XF = swiglu(linear(x_XD, _joined(stack.w_in_LED2F), tile_expert, **into))
-            hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
-            y_XD = linear(hidden_XF, _joined(stack.w_down_LEFD), tile_expert, **down)
+            if is_fp8:
+                told = {"precision": precision}
+                y_XD = fp8.few_experts(x_XD, gates_X, tile_expert, w_in, w_down, **told)
+            else:
+                hidden_XF = swiglu(precision.grouped_linear(x_XD, w_in, tile_expert))
+                hidden_XF = hidden_XF * gates_X[:, None].astype(hidden_XF.dtype)
+                y_XD = precision.grouped_linear(hidden_XF, w_down, tile_expert)
         return combine(y_XD, plan), load_E, plan.overflow
 
 

@@ -20,13 +20,15 @@ import jax.numpy as jnp
 from dsjax.config import BlockConfig, Config, GqaConfig, MlaConfig, MoeConfig
 from dsjax.plan.layout import Tensor, tensors
 from dsjax.train.loss import CHUNK_LOGITS
+from pallas_kernels.tiled import TILE, tiles
 from sharding.rules import AxisRules
 
 Axes = tuple[str, ...]
 Key = tuple[str, Axes, str, tuple[int, ...]]
 
 COPIES = "gradients of copies"
-KINDS = ("all_gather", "reduce_scatter", "psum", "all_to_all", "ragged_all_to_all", "ppermute")
+SUMS = ("psum", "pmax")
+KINDS = ("all_gather", "reduce_scatter", *SUMS, "all_to_all", "ragged_all_to_all", "ppermute")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class Collective:
         match self.kind:
             case "all_gather":
                 each = given * (n - 1)
-            case "psum":
+            case "psum" | "pmax":
                 each = 2 * given * (n - 1) / n
             case "ppermute":
                 each = given
@@ -130,7 +132,7 @@ def _walk(jaxpr, sizes, times, looped, where, found):
         if kind in KINDS:
             over = equation.params.get("axes", equation.params.get("axis_name"))
             over = tuple(over) if isinstance(over, tuple | list) else (over,)
-            operands = equation.invars if kind == "psum" else equation.invars[:1]
+            operands = equation.invars if kind in SUMS else equation.invars[:1]
             if kind == "ragged_all_to_all":  # what is sent, and where to
                 operands = [min(equation.invars[:2], key=lambda side: side.aval.shape[0])]
             for operand in operands:
@@ -191,7 +193,10 @@ class _Prediction:
         self.found: list[Collective] = []
         self.tensors = tensors(config, rules, sizes)
         self.compute = config.precision.compute_dtype
+        self.fp8 = config.precision.recipe == "fp8"
         self.again = int(config.train.remat != "none")  # the backward pass runs layers again
+        # `selective` does so too, but keeps latents, SwiGLU's input, and what crosses to experts.
+        self.crosses_again = int(config.train.remat in ("dots", "full"))
         self.seq = self._in_use(rules.of("seq"))
         self.rows = rows // math.prod(sizes.get(a, 1) for a in rules.of("batch"))
         self.length = seq_len // math.prod(sizes[a] for a in self.seq)
@@ -246,25 +251,73 @@ class _Prediction:
 
     # ---- weights
 
-    def _weight(self, name, *, layers=1, forward=1, backward=1, dtype=None, where=None):
+    def _weight(self, name, *, layers=1, forward=1, backward=1, dtype=None):
         """Gathers of a weight, dimension by dimension, and its gradient's way back."""
+        shape, gathered = self._stored(name)
+        dtype, times = dtype or self.compute, (layers * forward, layers * backward)
+        self._whole("weights", shape, gathered, dtype, *times, layers)
+
+    def _linear(self, name, *, layers, again, lead=0, in_dims=1, parts=1):
+        """`_weight` of a linear layer, which FP8 has travel as such.
+
+        Args:
+            name: of the weight.
+            layers: that have one.
+            again: whether the backward pass needs the layer's output again.
+            lead: dimensions before its matrix's.
+            in_dims: dimensions that are contracted.
+            parts: matrices side by side in the last one.
+        """
+        if not self.fp8:
+            self._weight(name, layers=layers)
+            return
+        shape, gathered = self._stored(name)
+        tensor, first_out = self.tensors[name], lead + in_dims
+        whole = math.prod(tensor.shape[tensor.axes[0] == "layers" :][first_out:])
+        uneven = parts > 1 and whole // parts % TILE
+        row_axes, column_axes = gathered[lead], gathered[first_out]
+        inner = (*gathered[:lead], *gathered[lead + 1 : first_out], *gathered[first_out + 1 :])
+        backward = layers * (1 + again)
+        if any(inner) or (uneven and column_axes):
+            # Blocks do not lie together on any device.
+            times = layers, backward
+            self._whole("weights", shape, gathered, tensor.dtype, *times, layers)
+            return
+        matrix = [*shape[:lead], math.prod(shape[lead:first_out]), math.prod(shape[first_out:])]
+        if uneven:
+            matrix[-1] = parts * tiles(matrix[-1] // parts) * TILE
+        sides = self._count(row_axes), self._count(column_axes)
+        # One more block than there are: the last device's part may touch one that nobody has.
+        blocks = [tiles(size * n) + 1 for size, n in zip(matrix[-2:], sides, strict=True)]
+        for when, times in (("forward", layers), ("again for the backward pass", backward)):
+            where, over = f"weights, {when}", (*row_axes, *column_axes)
+            self._add(where, "pmax", over, "int32", (*matrix[:lead], *blocks), times)
+            cut = list(matrix)
+            for dim, axes, n in zip((lead, lead + 1), (row_axes, column_axes), sides, strict=True):
+                self._gather(where, axes, "uint8", cut, times)
+                cut[dim] *= n
+        self._returned("weights", shape, gathered, layers)
+
+    def _stored(self, name):
+        """The shape of what a device has of a layer's weight, and what it is gathered over."""
         tensor: Tensor = self.tensors[name]
-        shape = list(tensor.local_shape[tensor.axes[0] == "layers" :])
-        gathered = tensor.gathered[tensor.axes[0] == "layers" :]
-        where, dtype = where or "weights", dtype or self.compute
-        self._whole(where, shape, gathered, dtype, layers * forward, layers * backward, layers)
+        stacked = tensor.axes[0] == "layers"
+        return tensor.local_shape[stacked:], tensor.gathered[stacked:]
 
     def _whole(self, where, shape, gathered, dtype, forward, backward, returned):
-        shape = list(shape)
+        cut = list(shape)
         for dim, axes in enumerate(gathered):
-            self._gather(f"{where}, forward", axes, dtype, shape, forward)
-            self._gather(f"{where}, again for the backward pass", axes, dtype, shape, backward)
-            shape[dim] *= self._count(axes)
+            self._gather(f"{where}, forward", axes, dtype, cut, forward)
+            self._gather(f"{where}, again for the backward pass", axes, dtype, cut, backward)
+            cut[dim] *= self._count(axes)
+        self._returned(where, shape, gathered, returned)
+
+    def _returned(self, where, shape, gathered, times):
+        """In float32, whatever the weight travels in."""
+        whole = [n * self._count(axes) for n, axes in zip(shape, gathered, strict=True)]
         for dim, axes in reversed(list(enumerate(gathered))):
-            # In float32, whatever the weight travels in.
-            told = f"{where}: gradients"
-            self._add(told, "reduce_scatter", axes, "float32", shape, returned)
-            shape[dim] //= self._count(axes)
+            self._add(f"{where}: gradients", "reduce_scatter", axes, "float32", whole, times)
+            whole[dim] //= self._count(axes)
 
     def _sums(self, depth):
         """What all devices add up at the end."""
@@ -356,21 +409,26 @@ class _Prediction:
             self._swiglu(f"{name}.ffn", layers)
 
     def _swiglu(self, name, layers):
-        self._weight(f"{name}.w_in_D2F", layers=layers)
-        self._weight(f"{name}.w_down_FD", layers=layers)
+        told = {"layers": layers, "again": self.crosses_again}
+        self._linear(f"{name}.w_in_D2F", parts=2, **told)
+        self._linear(f"{name}.w_down_FD", layers=layers, again=0)
 
     def _mla(self, name, config: MlaConfig, layers):
         b, t, d = self.rows, self.length, self.config.model.embed_dim
+        # `selective` keeps latents.
+        latents = {"layers": layers, "again": self.crosses_again}
+        linear = {"layers": layers, "again": self.again}
         if config.q_latent_dim is None:
             query, q = "hidden states over the row", d
-            self._weight(f"{name}.w_q_DNA", layers=layers)
+            self._linear(f"{name}.w_q_DNA", **linear)
         else:
             query, q = "query latents over the row", config.q_latent_dim
-            self._weight(f"{name}.w_dq_DQ", layers=layers)
-            self._weight(f"{name}.w_uq_QNA", layers=layers)
+            self._linear(f"{name}.w_dq_DQ", **latents)
+            self._linear(f"{name}.w_uq_QNA", **linear)
         self._latent(query, self.entered, self.compute, (b, t, q), layers, self.again)
-        for part in ("w_dkvr_DZ", "w_ukv_CNY", "w_o_NHD"):
-            self._weight(f"{name}.{part}", layers=layers)
+        self._linear(f"{name}.w_dkvr_DZ", **latents)
+        self._linear(f"{name}.w_ukv_CNY", **linear)
+        self._linear(f"{name}.w_o_NHD", in_dims=2, **linear)
         z, where = config.cache_dim, "key/value latents over the row"
         self._latent(where, self.inner, self.compute, (b, t, z), layers, self.again)
         t = t * self._count(self.inner)
@@ -382,8 +440,8 @@ class _Prediction:
             *("hidden states over the row", self.entered, self.compute, (b, t, d)),
             *(layers, self.again),
         )
-        for part in ("w_q_DNA", "w_k_DIA", "w_v_DIH", "w_o_NHD"):
-            self._weight(f"{name}.{part}", layers=layers)
+        for part, in_dims in (("w_q_DNA", 1), ("w_k_DIA", 1), ("w_v_DIH", 1), ("w_o_NHD", 2)):
+            self._linear(f"{name}.{part}", layers=layers, again=self.again, in_dims=in_dims)
         if config.qkv_bias:  # added, so no gradient reads them
             for part in ("b_q_NA", "b_k_IA", "b_v_IH"):
                 self._weight(f"{name}.{part}", layers=layers, backward=self.again)
@@ -399,8 +457,9 @@ class _Prediction:
 
     def _moe(self, name, config: MoeConfig, layers):
         self._weight(f"{name}.w_router_DE", layers=layers, dtype="float32")
-        self._weight(f"{name}.w_in_ED2F", layers=layers)
-        self._weight(f"{name}.w_down_EFD", layers=layers)
+        told = {"layers": layers, "lead": 1}
+        self._linear(f"{name}.w_in_ED2F", again=self.crosses_again, parts=2, **told)
+        self._linear(f"{name}.w_down_EFD", again=0, **told)
         if config.num_shared_experts:
             self._swiglu(f"{name}.shared", layers)
         self._dispatch(config, layers)
@@ -417,26 +476,31 @@ class _Prediction:
         room = tokens
         if (factor := exchange["buffer_factor"]) is not None:
             room = max(1, min(tokens, math.ceil(factor * (tokens * devices / n))))
-        wire = self.compute if exchange["codec"].name == "identity" else "bfloat16"
+        again = self.crosses_again
         kind, side = "all_to_all", n * room
         if exchange["exchange"] == "ragged":
             kind, side = "ragged_all_to_all", min(tokens * devices, n * room)
-            self._gather("dispatch: counts", axes, "int32", (n,), layers * (1 + self.again))
+            self._gather("dispatch: counts", axes, "int32", (n,), layers * (1 + again))
 
-        def add(where, dtype, width, times):
-            self._add(where, kind, axes, dtype, (side, width), layers * times)
+        def add(where, payload, times):
+            for dtype, width in payload:
+                self._add(where, kind, axes, dtype, (side, width), layers * times)
 
-        again = self.again
-        add("dispatch: experts, forward", "int32", k, 1)
-        add("dispatch: experts, again", "int32", k, again)
-        add("dispatch: gates, forward", "float32", k, 1)
-        add("dispatch: gates, again", "float32", k, again)
-        add("dispatch: gates, backward", "float32", k, 1)
-        add("dispatch: rows, forward", wire, d, 1)
-        add("dispatch: rows, again", wire, d, again)
-        add("dispatch: rows, backward", wire, d, 1)
-        add("combine: rows, forward", wire, d, 1)
-        add("combine: rows, backward", wire, d, 1)
+        wire = self.compute if exchange["codec"].name == "identity" else "bfloat16"
+        rows = back = [(wire, d)]
+        if self.fp8:  # to the experts in FP8, with the scales of tiles
+            rows, back = [("uint8", d), ("float32", tiles(d))], [(self.compute, d)]
+        experts, gates = [("int32", k)], [("float32", k)]
+        add("dispatch: experts, forward", experts, 1)
+        add("dispatch: experts, again", experts, again)
+        add("dispatch: gates, forward", gates, 1)
+        add("dispatch: gates, again", gates, again)
+        add("dispatch: gates, backward", gates, 1)
+        add("dispatch: rows, forward", rows, 1)
+        add("dispatch: rows, again", rows, again)
+        add("dispatch: rows, backward", back, 1)
+        add("combine: rows, forward", back, 1)
+        add("combine: rows, backward", rows, 1)
 
     def _balance(self, config: MoeConfig, layers):
         """Sums over rows that several devices share."""

@@ -280,9 +280,10 @@ def _quantized(sizes: Sizes) -> Iterator[Case]:
         )
 
     plain = _normal((rows, width))
+    transposed: dict[str, Any] = {"orientation": "transposed"}
     ways: dict[str, dict[str, Any]] = {
         "quantize, 1x128": {},
-        "quantize, 1x128, transposed": {"orientation": "transposed"},
+        "quantize, 1x128, transposed": transposed,
         "quantize, 128x128": {"tile": (128, 128)},
     }
     for op, how in ways.items():
@@ -300,11 +301,10 @@ def _quantized(sizes: Sizes) -> Iterator[Case]:
         plain,
         lambda name, x: quantize.quantize_both(x, implementation=name),
     )
-    orientations: dict[str, quantize.Orientation] = {
-        "swiglu_quantize": "as_is",
-        "swiglu_quantize, transposed": "transposed",
-    }
-    for op, orientation in orientations.items():
+    for op, how in {
+        "swiglu_quantize": {},
+        "swiglu_quantize, transposed": transposed,
+    }.items():
         yield case(
             op,
             "swiglu_quantize",
@@ -313,8 +313,8 @@ def _quantized(sizes: Sizes) -> Iterator[Case]:
                 *_normal((tokens, 2 * hidden))(key),
                 jax.random.uniform(key, (tokens,), jnp.float32),
             ),
-            lambda name, x, gates, orientation=orientation: quantize.swiglu_quantize(
-                x, gates, orientation=orientation, implementation=name
+            lambda name, x, gates, how=how: quantize.swiglu_quantize(
+                x, gates, **how, implementation=name
             ),
         )
     yield case(

@@ -174,12 +174,12 @@ def _hopper(found: dict) -> str:
 
 
 def _tpu(table: Table, targets: list[str]) -> str:
-    names = [name for name in table[targets[0]]["cases"] if name.endswith("(tpu)")]
+    most: dict = max((table[target]["cases"] for target in targets), key=len)
     rows = []
-    for name in names:
+    for name in most:
         cells = []
         for target in targets:
-            figures = table[target]["cases"].get(name, {"status": "absent"})
+            figures = table[target]["cases"].get(name, {"status": ""})
             if figures["status"] != "compiled":
                 cells.append(_status(figures))
                 continue

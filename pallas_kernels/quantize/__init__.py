@@ -2,9 +2,10 @@
 
 Activations and gradients have a scale for 128 neighbours along what will be contracted, weights one
 for a block of 128x128 (DeepSeek-V3 report, section 3.3.2). A scale is the tile's largest magnitude
-over 448, or the next power of two; 1 for a tile of zeros, at least 2^-126. A tile that holds NaN or
-infinity becomes NaN as a whole, its scale too: nothing computed from it is finite, and a train step
-is not taken. Knows nothing about models.
+over 448, or the next power of two, at least 2^-116; 1 for a tile of zeros, as which numbers below
+2^-126 count. Numbers over the scale are rounded to the nearest, ties to even, as IEEE 754 does
+both. A tile that holds NaN or infinity becomes NaN as a whole, its scale too: nothing computed from
+it is finite, and a train step is not taken. Knows nothing about models.
 
 M rows, K columns, X rows of a buffer, F hidden width, D model width.
 """
