@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -331,6 +331,7 @@ class LanguageModel:
         *,
         scale_format: str | None = None,
         requantize: bool = False,
+        wide: Literal["bfloat16", "float32"] = "bfloat16",
         shard_bytes: int = save.SHARD_BYTES,
         identity: str | None = None,
     ) -> None:
@@ -346,6 +347,9 @@ class LanguageModel:
             scale_format: of FP8's scales: "float32", "power_of_two" or "e8m0" (V3.1's); None takes
                 those of the checkpoint that the model was read from, or "float32".
             requantize: makes FP8 of weights that BF16 has rounded, too.
+            wide: what is not in FP8 beside it: "bfloat16" as published, or "float32", so that a
+                model trained with `precision.recipe=fp8` gives the same logits when it is read
+                again with that recipe.
             shard_bytes: the most that a file of tensors holds.
             identity: of what is written; a call that was ended is taken up by one of the same.
 
@@ -356,6 +360,8 @@ class LanguageModel:
         """
         save.check_target(path)
         wanted = None if dtype is None else checked_dtype(dtype)
+        if wide != "bfloat16" and wanted != "fp8":
+            raise InputError(f"wide={wide!r} is of what lies beside FP8; it goes with dtype='fp8'")
         written = wanted or ("bfloat16" if self.origin is None else self.origin.dtype)
         asked = checked_scale_format(scale_format)
         kept: save.Dtype = _kept_in(self.params)
@@ -373,6 +379,7 @@ class LanguageModel:
             scale_format=chosen,
             stored=types if same else None,
             keep_scales=asked is None,
+            wide=wide,
         )
         scales = {} if origin is None else origin.scales
         export = save.Export(

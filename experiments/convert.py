@@ -60,6 +60,13 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "scale_format", None, "Of FP8: float32, power_of_two or e8m0.", flag_values=FLAGS
 )
+flags.DEFINE_enum(
+    "wide",
+    "bfloat16",
+    ["bfloat16", "float32"],
+    "Of a run with --dtype=fp8: what is not in FP8.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_bool("requantize", False, "Makes FP8 of rounded weights, too.", flag_values=FLAGS)
 flags.DEFINE_multi_string(
     "ignore", [], "Unknown field of config.json that changes nothing.", flag_values=FLAGS
@@ -83,6 +90,8 @@ def _body(values: flags.FlagValues) -> None:
         raise InputError("--workdir is not used here; --source and --target name the folders")
     if (values.scale_format or values.requantize) and values.dtype not in (None, "fp8"):
         raise InputError("--scale_format and --requantize go with --dtype=fp8")
+    if values.wide != "bfloat16" and (values.dtype != "fp8" or values.dry_run):
+        raise InputError("--wide goes with --dtype=fp8, of a run")
     if values.shard_bytes < 1:
         raise InputError(f"--shard_bytes is {values.shard_bytes}; it must be at least 1")
     if values.dry_run:
@@ -119,6 +128,8 @@ def _convert(values: flags.FlagValues, source: Convertible) -> None:
     """Of a checkpoint whose tensors have their published names already."""
     if values.set or values.preset is not None or values.step is not None or values.ema:
         raise InputError("--set, --preset, --step and --ema are for runs and for --dry_run")
+    if values.wide != "bfloat16":
+        raise InputError("--wide is for runs")
     dtype = None if values.dtype is None else checked_dtype(values.dtype)
     scale_format = checked_scale_format(values.scale_format)
     check_requantize(source.dtype, dtype or source.dtype, values.requantize)
@@ -150,13 +161,17 @@ def _convert_run(values: flags.FlagValues) -> None:
                 for path, leaf in jax.tree_util.tree_leaves_with_path([lm.params, lm.bias])
             }
         ),
-        "options": [values.dtype, values.scale_format, values.requantize, values.shard_bytes],
+        "options": [
+            *(values.dtype, values.scale_format, values.requantize, values.shard_bytes),
+            values.wide,
+        ],
     }
     lm.save_pretrained(
         values.target,
         values.dtype,
         scale_format=values.scale_format,
         requantize=values.requantize,
+        wide=values.wide,
         shard_bytes=values.shard_bytes,
         identity=hashlib.sha256(json.dumps(what).encode()).hexdigest(),
     )

@@ -42,7 +42,7 @@ Dtype = Literal["bfloat16", "float32", "fp8"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32", "fp8")
 SHARD_BYTES = 5_000_000_000
 STATE_FILE = ".dsjax-export.json"
-_WIDE = {"bfloat16": "BF16", "float32": "F32", "fp8": "BF16"}
+_WIDE = {"bfloat16": "BF16", "float32": "F32"}
 
 
 @runtime_checkable
@@ -203,6 +203,7 @@ def specs(
     scale_format: fp8.ScaleFormat = "float32",
     stored: Mapping[str, str] | None = None,
     keep_scales: bool = False,
+    wide: Literal["bfloat16", "float32"] = "bfloat16",
 ) -> dict[str, TensorSpec]:
     """Every tensor that an export writes, by name, in the order of the layers.
 
@@ -210,10 +211,11 @@ def specs(
         model: whose.
         dtype: "bfloat16" and "float32" for all but the balancing bias, which is float32; "fp8" as
             V3 is published: matrices of attention and feed-forward layers in FP8 with scales, the
-            rest in BF16.
+            rest as `wide` says, BF16 as published.
         scale_format: of FP8's scales.
         stored: types that tensors came in, and keep.
         keep_scales: those of FP8's scales, too.
+        wide: beside FP8, what is not in it.
     """
     found: dict[str, TensorSpec] = {}
     stored = stored or {}
@@ -227,8 +229,8 @@ def specs(
             scale = stored.get(name, chosen) if keep_scales else chosen
             found[name] = TensorSpec(scale, fp8.blocks(entry.shape))
         else:
-            wide = "F32" if entry.kind == "f32" else _WIDE[dtype]
-            found[name] = TensorSpec(came or wide, entry.shape)
+            held = _WIDE[wide if dtype == "fp8" else dtype]
+            found[name] = TensorSpec(came or ("F32" if entry.kind == "f32" else held), entry.shape)
     return found
 
 
