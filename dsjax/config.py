@@ -608,6 +608,11 @@ class Config:
             f"train.seq_len {self.train.seq_len} is longer than "
             f"model.max_positions {self.model.max_positions}",
         )
+        _require(
+            self.precision.recipe != "fp8" or self.mesh.wire == "full",
+            f"mesh.wire {self.mesh.wire} has no effect with precision.recipe fp8, which says what "
+            "rows travel in",
+        )
         if self.precision.recipe == "fp8_per_tensor":
             batches = (self.train, *self.train.context_stages)
             whole = all(b.micro_batch_size in (None, b.batch_size) for b in batches)

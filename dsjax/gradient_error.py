@@ -3,6 +3,7 @@
 Knows nothing about how a recipe rounds.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.config import Config
+from dsjax.config import Config, MeshConfig
 from dsjax.data.corpus import open_corpus
 from dsjax.language_model import load_pretrained
 from dsjax.model.transformer import merge
@@ -52,9 +53,12 @@ def gradient_errors(
     """
     run, lm = read_run(workdir), load_pretrained(workdir)
     assert lm.tokenizer is not None  # every run has one
-    train = run.config.train
+    config = _one_batch(run.config)
+    configs = {name: override(config, *changes) for name, changes in recipes.items()}
+    params = jax.tree.map(lambda w: w.astype(jnp.float32), lm.params)
+    train = config.train
     corpus = open_corpus(
-        run.config.data,
+        config.data,
         lm.tokenizer,
         seq_len=train.seq_len,
         micro_batch_size=train.batch_size,
@@ -63,16 +67,25 @@ def gradient_errors(
     )
     corpus.train.close()
     batch = corpus.held_out[0]
-    exact = _gradients(override(run.config, *EXACT), lm.params, lm.bias, batch)
+    exact = _gradients(override(config, *EXACT), params, lm.bias, batch)
     found = {}
-    for name, changes in recipes.items():
-        rounded = _gradients(override(run.config, *changes), lm.params, lm.bias, batch)
+    for name, changed in configs.items():
+        rounded = _gradients(changed, params, lm.bias, batch)
         found[name] = {
             path: float(np.linalg.norm(rounded[path] - wanted) / np.linalg.norm(wanted))
             for path, wanted in exact.items()
             if wanted.any()
         }
     return found
+
+
+def _one_batch(config: Config) -> Config:
+    """As on one device, in whole batches, from float32 weights."""
+    train = dataclasses.replace(
+        config.train, micro_batch_size=None, batch_ramp=None, context_stages=()
+    )
+    precision = dataclasses.replace(config.precision, param_dtype="float32")
+    return dataclasses.replace(config, train=train, mesh=MeshConfig(), precision=precision)
 
 
 def _gradients(config: Config, params, bias, batch) -> dict[str, np.ndarray]:

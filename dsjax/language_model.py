@@ -42,7 +42,7 @@ from dsjax.interop.published import (
 )
 from dsjax.interop.tensor_files import read_small
 from dsjax.interop.tokenizer import Tokenizer
-from dsjax.meshes import blueprint_rules, mesh_of, move, placed
+from dsjax.meshes import blueprint_rules, mesh_of, move, placed, specs_of
 from dsjax.model.transformer import build, merge, split
 from dsjax.overrides import override
 from dsjax.precision import Quantized
@@ -345,7 +345,8 @@ class LanguageModel:
             dtype: "bfloat16", "float32", or "fp8" as DeepSeek-V3 is published. None keeps each
                 tensor's type; it is "bfloat16" for a model that was read from no checkpoint.
             scale_format: of FP8's scales: "float32", "power_of_two" or "e8m0" (V3.1's); None takes
-                those of the checkpoint that the model was read from, or "float32".
+                those of the checkpoint that the model was read from, or of the recipe that it was
+                trained with (`precision.scale`).
             requantize: makes FP8 of weights that BF16 has rounded, too.
             wide: what is not in FP8 beside it: "bfloat16" as published, or "float32", so that a
                 model trained with `precision.recipe=fp8` gives the same logits when it is read
@@ -371,7 +372,8 @@ class LanguageModel:
         model, origin = self.config.model, self.origin
         content = {} if origin is None else origin.content
         types = {} if origin is None else origin.types
-        chosen = asked or scale_format_of(content, types)
+        trained = self.config.precision.scale if origin is None else None
+        chosen = asked or trained or scale_format_of(content, types)
         same = origin is not None and keeps_types(origin.dtype, wanted)
         plan = save.specs(
             model,
@@ -484,7 +486,8 @@ def load_pretrained(
             run's. Of a published folder: "float32", "bfloat16", or "fp8", which keeps FP8 weights
             as they are; None takes that of the files.
         ema: the moving average of a run's weights in their stead.
-        overrides: `path=value` overrides of the configuration.
+        overrides: `path=value` overrides of the configuration; `precision.recipe=fp8` computes as
+            training in FP8 does.
         mesh: devices (`sharding.mesh.make_mesh`); None takes the first one.
         rules: where each logical axis goes on the mesh, or the name of a preset of them
             (`sharding.rules.PRESETS`); None takes "decode".
@@ -574,6 +577,8 @@ def _load_published(
             raise InputError(f"{folder} holds no FP8 weights; its dtype is {published.dtype}")
         config = override(_config_of(published, dtype), *overrides)
         _check_part_of(published, config.model)
+        if mesh is not None:
+            specs_of(config, rules, dict(mesh.shape))  # refuses what cannot be laid out, unread
         files = published.small_files()
         tokenizer = Tokenizer.load(folder) if "tokenizer.json" in files else None
         total = sum(info.stop - info.start for info in published.folder.infos.values())
@@ -606,12 +611,15 @@ def _config_of(published: Published, dtype: str) -> Config:
     # Weights of float16 would lose in BF16 what they have.
     wide = dtype == "float32" or not {"BF16", "F8_E4M3"} & set(published.types.values())
     kept = "float32" if wide else "bfloat16"
+    # As training in FP8 (`precision.recipe=fp8`, an override) would round activations, too.
+    format_ = scale_format_of(published.content, published.types)
+    scale = "float32" if format_ == "float32" else "power_of_two"
     return Config(
         model=model,
         train=TrainConfig(
             seq_len=min(4096, model.max_positions), batch_size=1, total_tokens=1_000_000
         ),
-        precision=PrecisionConfig(param_dtype=kept, compute_dtype=kept),
+        precision=PrecisionConfig(param_dtype=kept, compute_dtype=kept, scale=scale),
     )
 
 

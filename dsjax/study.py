@@ -87,8 +87,9 @@ def studies() -> dict[str, Study]:
         ),
         "fp8": Study(
             question="What does FP8 cost the loss, in tiles of 128 and with a scale a tensor?",
+            common=("precision.compute_dtype=bfloat16",),
             variants={
-                "BF16": (),
+                "BF16": ("precision.recipe=plain",),
                 "FP8": ("precision.recipe=fp8",),
                 "FP8 a tensor": ("precision.recipe=fp8_per_tensor",),
             },

@@ -1,6 +1,6 @@
 """How far each recipe's gradients are from float32's, layer by layer.
 
-python -m experiments.gradient_error --workdir=runs/fp8/BF16-0
+python -m experiments.gradient_error --workdir=runs/precision/BF16-0
 
 At the newest weights of a run and on one batch of its held-out text.
 """

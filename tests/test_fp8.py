@@ -21,9 +21,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import dsjax
 import pallas_kernels.fp8_linear
 from dsjax.config import BlockConfig, Config, MeshConfig
 from dsjax.errors import InputError
+from dsjax.infer.generate import generate
+from dsjax.infer.sampler import Sampling
 from dsjax.meshes import check_training, rules_of, spread_of
 from dsjax.model import fp8
 from dsjax.model.transformer import build, merge, split
@@ -716,3 +719,68 @@ def test_no_linear_layer_is_computed_in_bfloat16():
     assert count("bfloat16", 2 * d, d) == 3  # MTP's projection, published in BF16
     wide = {sizes for dtype, sizes in found if dtype == "bfloat16"}
     assert not any({80, d} <= set(sizes) or {2 * 80, d} <= set(sizes) for sizes in wide)  # experts
+
+
+# ---- generation ---------------------------------------------------------------------------------
+
+ALLOWED, NEW = 512, 24
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """`nano` without its dense layer, with weights so large that its choices are decided."""
+    config = override(preset("nano"), "precision.recipe=fp8", "model.mtp=null")
+    model = dataclasses.replace(config.model, stacks=config.model.stacks[1:])
+    config = dataclasses.replace(config, model=model)
+    lm = dsjax.init(config)
+    params = jax.tree.map(lambda w: w * 2.0 if w.ndim > 1 else w, lm.params)
+    return dsjax.LanguageModel(config, lm.graphdef, params, lm.bias, None)
+
+
+def anew(lm, *changes):
+    """The same weights under another configuration, or traced anew."""
+    config = override(lm.config, *changes)
+    graphdef = split(jax.eval_shape(build(config), jax.random.key(0)))[0]
+    return dsjax.LanguageModel(config, graphdef, lm.params, lm.bias, None)
+
+
+PROMPTS = np.random.default_rng(1).integers(0, ALLOWED, (2, 40)).tolist()
+
+
+def said(lm):
+    """Tokens and their log probabilities, drawn one by one over the cache."""
+    told = {"max_tokens": NEW, "allowed": ALLOWED, "seed": 0}
+    sampling = Sampling(temperature=1.0)
+    return generate(lm._by_row, lm.params, lm.bias, PROMPTS, sampling=sampling, **told)
+
+
+def log_probs(lm, result):
+    """The same by one full forward."""
+    rows = np.concatenate([np.asarray(PROMPTS), result.tokens_BG], axis=1)
+    log_BGV = np.asarray(jax.nn.log_softmax(lm.logits(rows)))[:, len(PROMPTS[0]) - 1 : -1]
+    return np.take_along_axis(log_BGV, result.tokens_BG[..., None], axis=-1)[..., 0]
+
+
+def test_decoding_without_rounding_is_exact(talker, unrounded):
+    """Over the cache, with the few experts that a token chose read out of the stack."""
+    lm = anew(talker)
+    result = said(lm)
+    np.testing.assert_allclose(result.log_probs_BG, log_probs(lm, result), atol=1e-4)
+
+
+def test_decoding_rounds_less(talker):
+    """W^UK and W^UV, absorbed, meet no rounded latents: off by no more than FP8 is altogether."""
+    result = said(talker)
+    full = log_probs(talker, result)
+    rounding = full - log_probs(anew(talker, "precision.recipe=plain"), result)
+    assert full.min() < -1.0  # not all certain
+    off = np.linalg.norm(result.log_probs_BG - full)
+    assert 0 < off < np.linalg.norm(rounding)
+
+
+@pytest.mark.slow
+def test_generation_on_a_mesh_says_the_same(talker):
+    got = said(talker.with_rules("decode", make_mesh(MeshShape(expert=2))))
+    wanted = said(talker)
+    np.testing.assert_array_equal(got.tokens_BG, wanted.tokens_BG)
+    np.testing.assert_allclose(got.log_probs_BG, wanted.log_probs_BG, atol=1e-4)

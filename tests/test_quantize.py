@@ -298,6 +298,10 @@ def test_a_reciprocal_may_begin_two_units_off(monkeypatch):
         assert_same_bits(exact.divisor(jnp.asarray(significands)).reciprocal, 1 / significands)
 
 
+# Times these, 16 to 31 hold the ties of normal e4m3, and those of subnormal.
+TIES = (2.0**-5, 2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14)
+
+
 def beside_ties(significands):
     """(numbers, scales): of each, the numbers whose quotients lie around every tie of e4m3.
 
@@ -312,8 +316,8 @@ def beside_ties(significands):
 
 def assert_quotients_round_alike(numbers, scales):
     divide = jax.jit(lambda x, s: exact.divide(x, exact.divisor(s)))
-    for power in (-5.0, -10.0):  # ties of normal FP8, and of subnormal
-        x = numbers * np.float32(2.0**power) * np.float32(16)
+    for power in TIES:
+        x = numbers * np.float32(power)
         found = np.asarray(divide(jnp.asarray(x), jnp.asarray(scales)))
         found = found.astype(ml_dtypes.float8_e4m3fn)
         assert_same_bits(found, (x / scales).astype(ml_dtypes.float8_e4m3fn))
@@ -336,6 +340,34 @@ def test_quotients_that_are_as_near_as_can_be_to_rounding_into_a_tie():
     hard.discard(0xCFFFFF)
     assert len(hard) == 15
     assert_quotients_round_alike(*beside_ties(np.array(sorted(hard)) * 2.0**-23))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_quotients_beside_every_tie_of_every_scale():
+    """671 million pairs, for normal and for subnormal FP8."""
+
+    @jax.jit
+    def wrong(whole):
+        scales = (whole.astype(jnp.float32) * 2.0**-23)[:, None, None]
+        ties = jnp.arange(16.0, 32.0)[None, :, None]
+        near = exact.as_bits(ties * scales) + jnp.arange(-2, 3)
+        numbers = exact.as_float(near)
+        scales = jnp.broadcast_to(scales, numbers.shape)
+        found = False
+        for power in TIES:
+            x = numbers * power
+            ours = exact.divide(x, exact.divisor(scales)).astype(jnp.float8_e4m3fn)
+            theirs = reference.round_to_fp8(x, scales)
+            bits = [jax.lax.bitcast_convert_type(q, jnp.uint8) for q in (ours, theirs)]
+            found = found | (bits[0] != bits[1]).any(axis=(1, 2))
+        return found
+
+    count = 2**16
+    for first in range(2**23, 2**24, count):
+        whole = jnp.arange(first, first + count)
+        found = np.asarray(whole)[np.asarray(wrong(whole))]
+        assert set(found.tolist()) <= {0xCFFFFF}
 
 
 def test_zeros_keep_their_signs():

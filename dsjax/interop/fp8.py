@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from dsjax.errors import InputError
 from dsjax.precision import BLOCK
+from pallas_kernels.quantize.reference import SMALLEST_NORMAL, SMALLEST_SCALE
 
 # How scales are kept: any float32; powers of two in float32, or as their exponents (V3.1).
 ScaleFormat = Literal["float32", "power_of_two", "e8m0"]
@@ -49,10 +50,13 @@ def check_scale(scale: Shaped[np.ndarray, "..."], where: str) -> Float[np.ndarra
 def choose_scale(
     amax: Float[np.ndarray, "r c"], scale_format: ScaleFormat
 ) -> Float[np.ndarray, "r c"]:
-    """Scales that bring each block's largest magnitude to at most 448; 1 for a block of zeros."""
-    amax = np.where(amax > 0, amax, np.float32(LARGEST)).astype(np.float32)
-    scale = amax / np.float32(LARGEST)
-    scale = np.maximum(scale, np.float32(2.0**-126))
+    """Scales that bring each block's largest magnitude to at most 448; 1 for a block of zeros.
+
+    The same that training in FP8 finds (`pallas_kernels.quantize`), so that what is exported is
+    what was computed with.
+    """
+    amax = np.where(amax < SMALLEST_NORMAL, np.float32(LARGEST), amax).astype(np.float32)
+    scale = np.maximum(amax / np.float32(LARGEST), np.float32(SMALLEST_SCALE))
     if scale_format == "float32":
         return scale
     mantissa, exponent = np.frexp(scale)  # scale = mantissa * 2 ** exponent, mantissa in [1/2, 1)

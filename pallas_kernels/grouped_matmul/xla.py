@@ -72,17 +72,18 @@ def _few_tiles(x_XD, w_EDF, tile_expert, contract):
 
 
 def _window_rows(rows: int, tiles: int, num_experts: int) -> int:
-    """Rows a step: an eighth more than an expert's mean share, in whole tiles, up to some 2,048.
+    """Rows a step: about an eighth more than an expert's mean share, up to some 2,048.
 
-    The buffer of an exchange between devices holds far more rows than arrive.
+    The nearest number of tiles: with few rows an expert, rounding up would multiply twice as many
+    as there are. The buffer of an exchange between devices holds far more rows than arrive.
 
     An even router then needs one product an expert. What a product costs beyond its operations is
     some 60 microseconds, as much as 80 rows of width 256 by 256.
     """
     block = rows // tiles
     share = rows + rows // 8
-    tiles_a_step = min(-(-share // (num_experts * block)), max(1, MOST_ROWS // block))
-    return min(rows, tiles_a_step * block)
+    tiles_a_step = max(1, round(share / (num_experts * block)))
+    return min(rows, block * min(tiles_a_step, max(1, MOST_ROWS // block)))
 
 
 def _window(first: jax.Array, last: jax.Array, window: int, rows: int):

@@ -13,6 +13,7 @@ M rows, K columns, X rows of a buffer, F hidden width, D model width.
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import choose
 from pallas_kernels.tiled import ScaleFormat, Tiled
@@ -113,8 +114,10 @@ def rms_norm_quantize(
     return _run("rms_norm_quantize", implementation, x_MD, scale_D, eps, scale)
 
 
-def _run(function, implementation, *arguments):
-    return choose.run(__name__, function, implementation, *arguments, known=KNOWN)
+def _run(function, implementation, x, *arguments):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{function} of {x.dtype}: floating numbers only")
+    return choose.run(__name__, function, implementation, x, *arguments, known=KNOWN)
 
 
 def _check(tile, scale, orientation="as_is"):

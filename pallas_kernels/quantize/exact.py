@@ -4,8 +4,9 @@ The division of GPUs and TPUs, as XLA and Pallas issue it, is off by up to two u
 place; FP8 bytes would depend on the hardware, and BF16 inputs meet ties often. XLA moreover turns
 a division by a constant into a product with its reciprocal. Knows nothing about tiles.
 
-Every product of parts below has at most 24 bits, so that it does not matter whether a compiler
-fuses it with the sum that follows.
+Products of parts have at most 24 bits, so that it does not matter whether a compiler fuses them
+with the sum that follows; but for the last one of `divide`. Fused, as GPU compilers do, it errs
+nowhere; if not, in one of 671 million pairs, a number over 1.625 - 2^-23.
 """
 
 from typing import NamedTuple
