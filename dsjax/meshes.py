@@ -127,12 +127,10 @@ def _check_blocks(name, variable, layout, rules, sizes):
             continue
         whole = variable.shape[dim] * (variable.shape[dim + 1] if axis == "heads" else 1)
         here = whole // math.prod(sizes[a] for a in apart)
-        fused = axis == "mlp" and dim == len(layout) - 1  # gates and ups, each with its own blocks
-        if here % TILE or (fused and whole // 2 % TILE):
+        if here % TILE:
             parts = " x ".join(f"{a}={sizes[a]}" for a in apart)
-            of = "gates and ups" if fused else axis
             raise InputError(
-                f"{name}: over {parts} a device has {here} of {whole} numbers along {of}; "
+                f"{name}: over {parts} a device has {here} of {whole} numbers along {axis}; "
                 f"precision.recipe fp8 needs whole blocks of {TILE}"
             )
 

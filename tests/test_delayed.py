@@ -164,6 +164,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
         "train.save_every_steps=3",
         "train.eval_every_steps=100",
         "data.max_bytes_per_source=60000",
+        "data.held_out_fraction=0.2",
         f"train.total_tokens={6 * 8 * 64}",
     )
     pretrain(config, tmp_path, seed=0)

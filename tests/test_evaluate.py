@@ -152,7 +152,7 @@ def test_the_middle_follows_the_prompt(tokenizer):
 # ---- acceptance ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_acceptance_counts_agreements_of_draft_and_model():
     """Against a loop over documents, each run alone."""
     lm = dsjax.init("nano", seed=1)

@@ -117,7 +117,7 @@ def unbroken(once):
     return once("a run of 120 steps", make_unbroken)
 
 
-@pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.nightly)])
 def test_killed_at_random_moments_it_gives_the_unbroken_curve(unbroken, times, tmp_path):
     """kill -9, most often while it trains and saves every few steps; then the same command."""
     workdir, rng = tmp_path / "killed", random.Random(0)

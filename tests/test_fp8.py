@@ -37,7 +37,14 @@ from dsjax.presets import preset
 from dsjax.train.loss import PretrainLoss
 from dsjax.train.state import TrainState, abstract_state, blueprint, create
 from dsjax.train.step import make_train_step
-from pallas_kernels.fp8_linear import Here, How, fp8_linear, fp8_linears, fp8_swiglu_linear
+from pallas_kernels.fp8_linear import (
+    Here,
+    How,
+    fp8_linear,
+    fp8_linears,
+    fp8_norm_linears,
+    fp8_swiglu_linear,
+)
 from pallas_kernels.quantize import quantize, reference
 from pallas_kernels.tiled import Tiled, dequantize
 from sharding.dispatch import IDENTITY
@@ -134,6 +141,28 @@ def test_several_weights_share_an_input(rng):
     assert_near(dx_MK, exact, BFLOAT16_RESULT)
     # Rounded once: nearly all are the nearest BF16.
     assert np.mean(np.asarray(dx_MK) == exact.astype(ml_dtypes.bfloat16)) > 0.99
+
+
+def test_a_norm_before_several_weights(rng):
+    """Its result is what is rounded, and it is handed on, too; all gradients meet in its input."""
+    x_MK, norm_K = drawn(rng, 130, 200), jnp.asarray(rng.uniform(0.5, 1.5, 200), jnp.float32)
+    weights = drawn(rng, 200, 72), drawn(rng, 200, 140)
+    dys = tuple(drawn(rng, 130, w.shape[1]) for w in weights)
+    dnormed = drawn(rng, 130, 200)
+    sources = Here(), Here()
+
+    def together(x, norm, *ws):
+        return fp8_norm_linears(x, norm, 1e-6, ws, sources=sources)
+
+    def apart(x, norm, *ws):
+        normed = reference.rms_norm(x, norm, 1e-6)
+        return normed, fp8_linears(normed, ws, sources=sources)
+
+    got, wanted = (
+        gradients(function, (dnormed, dys), x_MK, norm_K, *weights)
+        for function in (together, apart)
+    )
+    assert_trees_near(got, wanted, FLOAT32_SUMS)
 
 
 def gate_up_of(rng, rows, width, *, decided):
@@ -784,3 +813,31 @@ def test_generation_on_a_mesh_says_the_same(talker):
     wanted = said(talker)
     np.testing.assert_array_equal(got.tokens_BG, wanted.tokens_BG)
     np.testing.assert_allclose(got.log_probs_BG, wanted.log_probs_BG, atol=1e-4)
+
+
+def test_heads_and_hidden_units_of_several_devices(talker, unrounded):
+    """Decoding's rules keep both apart: exact where each device has whole blocks."""
+    changes = (
+        "model.stacks.moe.blocks.0.attention.num_heads=4",
+        "model.stacks.moe.blocks.0.attention.nope_dim=64",
+        "model.stacks.moe.blocks.0.attention.rope_dim=64",
+        "model.stacks.moe.blocks.0.attention.value_dim=64",
+        "model.stacks.moe.blocks.0.ffn.expert_dim=256",
+        "model.stacks.moe.repeats=1",
+    )
+    lm = dsjax.init(override(talker.config, *changes))
+    mesh = make_mesh(MeshShape(tensor=2))
+    wanted = lm.logits(PROMPTS)
+    assert_near(lm.with_rules("decode", mesh).logits(PROMPTS), wanted)
+
+
+def test_rules_that_cut_blocks_are_refused_for_generation_too(talker):
+    with pytest.raises(InputError, match="16 of 32 numbers along heads"):
+        talker.with_rules("decode", make_mesh(MeshShape(tensor=2)))
+    config = override(
+        talker.config,
+        "model.stacks.moe.blocks.0.attention.num_heads=32",
+        "model.stacks.moe.blocks.0.ffn.expert_dim=192",
+    )
+    with pytest.raises(InputError, match="96 of 192 numbers along mlp"):
+        dsjax.init(config).with_rules("decode", make_mesh(MeshShape(tensor=2)))

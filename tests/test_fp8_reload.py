@@ -70,6 +70,19 @@ def test_in_the_published_types_all_but_their_rounding_is_the_same(trained, ids,
     np.testing.assert_array_equal(again.logits(ids), lm.logits(ids))
 
 
+def test_scales_are_those_of_the_recipe_unasked(ids, tmp_path):
+    """Powers of two on the way out; and known as such on the way in, for activations, too."""
+    config = override(preset("nano"), *RECIPE, "precision.scale=power_of_two", "model.mtp=null")
+    lm = dsjax.init(config)
+    lm.save_pretrained(tmp_path / "hf", dtype="fp8", wide="float32")
+    again = dsjax.load_pretrained(tmp_path / "hf", overrides=RECIPE)
+    assert again.config.precision.scale == "power_of_two"
+    again = dsjax.load_pretrained(
+        tmp_path / "hf", overrides=[*RECIPE, "precision.compute_dtype=float32"]
+    )
+    np.testing.assert_array_equal(again.logits(ids), lm.logits(ids))
+
+
 def test_wide_goes_with_fp8(trained, tmp_path, capsys):
     lm = dsjax.load_pretrained(trained)
     with pytest.raises(InputError, match="goes with dtype='fp8'"):

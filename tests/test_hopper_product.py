@@ -61,10 +61,16 @@ def interpret(function, *arguments, detect_races=False, **keywords):
 DENSE = (  # M, N, K, tiling, CTAs, dtype of the result
     (128, 128, 256, Tiling(128, 4, False), 1, jnp.float32),
     (200, 328, 272, Tiling(192, 4, True), 2, jnp.float32),  # no whole tiles; pairs
-    (300, 192, 400, Tiling(64, 4, False), 2, jnp.float32),  # nine tiles, more than CTAs
+    pytest.param(
+        (300, 192, 400, Tiling(64, 4, False), 2, jnp.float32), marks=pytest.mark.nightly
+    ),  # nine tiles, more than CTAs
     (130, 300, 144, Tiling(96, 5, True), 4, jnp.bfloat16),  # tiles with columns of two blocks
-    (10, 320, 128, Tiling(160, 4, True), 2, jnp.bfloat16),  # one step
-    (128, 100, 1200, Tiling(128, 4, False), 1, jnp.float32),  # more steps than twice the stages
+    pytest.param(
+        (10, 320, 128, Tiling(160, 4, True), 2, jnp.bfloat16), marks=pytest.mark.nightly
+    ),  # one step
+    pytest.param(
+        (128, 100, 1200, Tiling(128, 4, False), 1, jnp.float32), marks=pytest.mark.nightly
+    ),  # more steps than twice the stages
     (64, 30, 50, Tiling(64, 4, True), 2, jnp.bfloat16),  # rows that TMA cannot take; half a pair
 )
 
@@ -121,9 +127,11 @@ def test_sums_stay_finite_where_scales_are_not_used():
 # ---- BF16 ---------------------------------------------------------------------------------------
 
 BF16 = (  # experts of each 128 rows, of 3; N, K, tiling, CTAs, contraction last in b
-    ([0, 2, 2, 3], 192, 200, Tiling(64, 4, False), 3, True),
+    pytest.param(
+        ([0, 2, 2, 3], 192, 200, Tiling(64, 4, False), 3, True), marks=pytest.mark.nightly
+    ),
     ([0, 2, 2, 3], 192, 200, Tiling(64, 4, False), 3, False),
-    ([1, 3, 1], 328, 72, Tiling(128, 4, False), 2, False),
+    pytest.param(([1, 3, 1], 328, 72, Tiling(128, 4, False), 2, False), marks=pytest.mark.nightly),
     ([1, 2], 250, 328, Tiling(64, 4, True), 2, False),
     ([3], 64, 64, Tiling(64, 4, False), 1, True),
     (None, 30, 50, Tiling(64, 4, False), 1, False),

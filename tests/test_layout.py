@@ -264,6 +264,7 @@ def test_what_moves_is_what_was_predicted(case):
     [
         ("rules=fsdp_ep", "fsdp=32", "expert=64"),
         slow(("rules=fsdp_ep_tp", "fsdp=16", "expert=64", "tensor=2")),
+        slow(("rules=fsdp_ep_tp", "fsdp=16", "expert=64", "tensor=2", FP8)),
     ],
     ids=named,
 )

@@ -85,9 +85,9 @@ def rounded(seed, *shape, tile=(1, 128)):
     [
         (5, 7, 130, (128, 128), jnp.float32, CHIPS[0]),  # nothing is a multiple of anything
         (5, 7, 130, (1, 128), jnp.float32, CHIPS[1]),
-        (33, 200, 640, (1, 128), jnp.float32, CHIPS[0]),
-        (64, 128, 512, (128, 128), jnp.bfloat16, CHIPS[1]),
-        (1, 384, 1024, (128, 128), jnp.bfloat16, CHIPS[0]),
+        pytest.param(33, 200, 640, (1, 128), jnp.float32, CHIPS[0], marks=pytest.mark.nightly),
+        pytest.param(64, 128, 512, (128, 128), jnp.bfloat16, CHIPS[1], marks=pytest.mark.nightly),
+        pytest.param(1, 384, 1024, (128, 128), jnp.bfloat16, CHIPS[0], marks=pytest.mark.nightly),
         (1100, 1030, 384, (128, 128), jnp.float32, CHIPS[0]),  # blocks that pass the edges
     ],
 )
@@ -281,9 +281,9 @@ def awkward(seed, *shape, dtype):
     [
         ((3, 5), (1, 128), "float32", jnp.float32),
         ((200, 128), (1, 128), "float32", jnp.bfloat16),
-        ((256, 1200), (1, 128), "power_of_two", jnp.float32),
+        pytest.param((256, 1200), (1, 128), "power_of_two", jnp.float32, marks=pytest.mark.nightly),
         ((1300, 130), (1, 128), "float32", jnp.bfloat16),  # blocks that pass the edge
-        ((130, 300), (128, 128), "float32", jnp.float32),
+        pytest.param((130, 300), (128, 128), "float32", jnp.float32, marks=pytest.mark.nightly),
         ((3, 140, 260), (128, 128), "power_of_two", jnp.bfloat16),
     ],
 )
@@ -320,9 +320,9 @@ def test_quantize_drawn(rows, cols, tile, scale, seed):
     [
         (3, 5, jnp.float32, True, "as_is"),
         (256, 256, jnp.bfloat16, True, "as_is"),
-        (256, 256, jnp.bfloat16, False, "transposed"),
+        pytest.param(256, 256, jnp.bfloat16, False, "transposed", marks=pytest.mark.nightly),
         (130, 1152, jnp.bfloat16, True, "transposed"),
-        (256, 384, jnp.float32, False, "as_is"),
+        pytest.param(256, 384, jnp.float32, False, "as_is", marks=pytest.mark.nightly),
     ],
 )
 def test_swiglu_quantize(rows, width, dtype, gated, orientation):
@@ -338,8 +338,8 @@ def test_swiglu_quantize(rows, width, dtype, gated, orientation):
     ("rows", "width", "dtype"),
     [
         (3, 5, jnp.float32),
-        (300, 256, jnp.bfloat16),
-        (128, 1300, jnp.float32),
+        pytest.param(300, 256, jnp.bfloat16, marks=pytest.mark.nightly),
+        pytest.param(128, 1300, jnp.float32, marks=pytest.mark.nightly),
         (1100, 1000, jnp.bfloat16),
     ],
 )

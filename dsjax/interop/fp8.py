@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from dsjax.errors import InputError
 from dsjax.precision import BLOCK
-from pallas_kernels.quantize.reference import SMALLEST_NORMAL, SMALLEST_SCALE
+from pallas_kernels.quantize.exact import as_float
+from pallas_kernels.quantize.reference import SMALLEST_NORMAL, SMALLEST_SCALE, magnitude_bits
 
 # How scales are kept: any float32; powers of two in float32, or as their exponents (V3.1).
 ScaleFormat = Literal["float32", "power_of_two", "e8m0"]
@@ -143,8 +144,8 @@ def _by_block(x, fill):
 
 @jax.jit
 def amax(x: Float[Array, "R C"]) -> Float[Array, "r c"]:
-    """The largest magnitude of each block."""
-    return jnp.max(_by_block(jnp.abs(x.astype(jnp.float32)), 0.0), axis=(1, 3))
+    """The largest magnitude of each block; NaN where one is."""
+    return as_float(magnitude_bits(_by_block(x.astype(jnp.float32), 0.0), (1, 3)))
 
 
 @jax.jit
