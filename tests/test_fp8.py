@@ -25,7 +25,7 @@ import dsjax
 import pallas_kernels.fp8_linear
 from dsjax.config import BlockConfig, Config, MeshConfig
 from dsjax.errors import InputError
-from dsjax.infer.generate import generate
+from dsjax.infer.generate import generate, prepare
 from dsjax.infer.sampler import Sampling
 from dsjax.meshes import check_training, rules_of, spread_of
 from dsjax.model import fp8
@@ -788,6 +788,15 @@ def log_probs(lm, result):
     rows = np.concatenate([np.asarray(PROMPTS), result.tokens_BG], axis=1)
     log_BGV = np.asarray(jax.nn.log_softmax(lm.logits(rows)))[:, len(PROMPTS[0]) - 1 : -1]
     return np.take_along_axis(log_BGV, result.tokens_BG[..., None], axis=-1)[..., 0]
+
+
+def test_masters_stay_masters_when_bfloat16_is_computed_in(talker):
+    """FP8 made of what BF16 has rounded would not be the FP8 of training."""
+    cast, _ = prepare(talker.params, talker.bias, jnp.dtype("bfloat16"), recipe="fp8")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cast):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        wide = name not in ("embed_VD", "head_DV")
+        assert leaf.dtype == (jnp.float32 if wide else jnp.bfloat16), name
 
 
 def test_decoding_without_rounding_is_exact(talker, unrounded):
