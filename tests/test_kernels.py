@@ -11,10 +11,12 @@ from pallas_kernels.gqa_decode import gqa_decode
 from pallas_kernels.gqa_decode import shapes as gqa_shapes
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
+from pallas_kernels.latents import Fp8Latents, round_latents
 from pallas_kernels.mla_attention import mla_attention, xla
 from pallas_kernels.mla_attention import shapes as attention_shapes
-from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode import combine, mla_decode, sequence_part
 from pallas_kernels.mla_decode import shapes as decode_shapes
+from pallas_kernels.tiled import dequantize
 from tests.reference import mla as reference_mla
 
 FLOAT32 = 2e-6  # rounding of float32 sums in another order, as a relative norm
@@ -357,6 +359,53 @@ def decode_by_hand(shape, q, cache, table, lengths, positions, layer):
     return out, lse
 
 
+def fp8_cache(cache, latent_dim):
+    """A cache of float32 entries in FP8, and the same made wide again."""
+    narrow, rope = round_latents(cache, latent_dim)
+    wide = jnp.concatenate([dequantize(narrow), rope], axis=-1)
+    return Fp8Latents(narrow.q, jnp.swapaxes(narrow.scale, -1, -2), rope), wide
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("shape", [*decode_shapes.SHAPES, decode_shapes.FP8])
+def test_mla_decode_of_fp8_latents(shape, implementation):
+    q, cache, table, lengths, positions = decode_case(shape)
+    narrow, wide = fp8_cache(cache, shape.c)
+    assert 0.002 < np.abs(wide - cache)[..., : shape.c].mean() < 0.05
+    pages = table, lengths, positions, 0.2
+    out, lse = mla_decode(
+        q, narrow, jnp.int32(1), *pages, value_dim=shape.c, implementation=implementation
+    )
+    wanted, wanted_lse = decode_by_hand(shape, q, wide, table, lengths, positions, 1)
+    assert_near(out, wanted)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5)
+
+
+def test_fp8_latents_take_656_bytes_a_token():
+    narrow, rope = round_latents(jnp.zeros((1, 1, 64, 576), jnp.bfloat16), 512)
+    cache = Fp8Latents(narrow.q, jnp.swapaxes(narrow.scale, -1, -2), rope)
+    assert sum(x.nbytes for x in cache) == 656 * 64
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("shape", decode_shapes.SHAPES)
+def test_mla_decode_of_parts_combines_to_the_whole(shape, parts):
+    q, cache, table, lengths, positions = decode_case(shape)
+    layer = jnp.int32(1)
+    found = []
+    for part in range(parts):  # every parts-th page, as if on a device of its own
+        length = sequence_part(lengths, part, parts, 64)
+        seen = sequence_part(positions + 1, part, parts, 64) - 1
+        own = table[:, part::parts]
+        if own.shape[1]:
+            pages = own, length, seen
+            found.append(mla_decode(q, cache, layer, *pages, 0.2, value_dim=shape.c))
+    out, lse = combine(*map(jnp.stack, zip(*found, strict=True)))
+    wanted, wanted_lse = decode_by_hand(shape, q, cache, table, lengths, positions, 1)
+    assert_near(out, wanted)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla", None])
 @pytest.mark.parametrize("shape", decode_shapes.SHAPES)
 def test_mla_decode(shape, implementation):
@@ -384,7 +433,7 @@ def test_mla_decode_ignores_pages_past_the_length():
     for b, length in enumerate(lengths):
         pages = table[b, : -(-length // 64)]
         poisoned[:, pages] = cache[:, pages]
-    table = np.where(np.arange(20) < -(-lengths[:, None] // 64), table, table[:, :1])
+    table = np.where(np.arange(20) < -(-lengths[:, None] // 64), table, 10_000)
     arguments = (jnp.asarray(table), jnp.asarray(lengths), positions, 0.2)
     again, _ = mla_decode(q, jnp.asarray(poisoned), layer, *arguments, value_dim=8)
     np.testing.assert_array_equal(out, again)

@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-NOTHING = -1e30  # log-sum-exp of no key; finite, so that combining shards never gives NaN
+from pallas_kernels.latents import read_pages
+from pallas_kernels.mla_decode import NOTHING
 
 
 def mla_decode(q_BTNZ, cache_LXSZ, layer, table_BX, length_B, positions_BT, scale, value_dim):
     """See the package for arguments."""
-    b, pages = table_BX.shape
-    entries = cache_LXSZ[layer, table_BX]
-    keys_BSZ = entries.reshape(b, pages * entries.shape[2], entries.shape[3])
+    entries = read_pages(cache_LXSZ, layer, table_BX, q_BTNZ.dtype)
+    b, pages, size, z = entries.shape
+    keys_BSZ = entries.reshape(b, pages * size, z)
     scores = jnp.einsum("btnz,bsz->btns", q_BTNZ, keys_BSZ, preferred_element_type=jnp.float32)
     position_S = jnp.arange(keys_BSZ.shape[1])
     mask = position_S <= positions_BT[..., None]

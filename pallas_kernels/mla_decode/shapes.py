@@ -19,3 +19,4 @@ SHAPES = (
     Shape(2, 4, 16, 8, (130, 0, 7), 3),  # an empty sequence, two positions at once
     Shape(5, 2, 8, 4, (5, 70), 20),  # a chunk of a prefill, a table longer than one step
 )
+FP8 = Shape(1, 2, 256, 16, (70, 3), 2)  # two tiles of 128, one scale each
