@@ -1,7 +1,5 @@
 """Products of FP8 tiles, dense and grouped, against float64 of what the FP8 numbers stand for."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import bench_grouped_matmul, command
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_matmul.shapes import SHAPES
 from pallas_kernels.grouped_matmul import grouped_fp8_matmul, grouped_fp8_weight_gradient
@@ -205,14 +202,3 @@ def test_what_does_not_go_together_in_groups_is_refused(rng):
         grouped_fp8_weight_gradient(x, dy, jnp.array([0, 0, 1, 1], jnp.int32), 2)
     with pytest.raises(ValueError, match=r"\(1, 2\) scales for \(20, 256\), not \(20, 2\)"):
         grouped_fp8_weight_gradient(x, fp8(rng, 20, 256, tile=BLOCKS), experts, 2)
-
-
-def test_the_benchmark_of_grouped_products(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "keep_freed_memory", lambda: False)  # for the process's whole life
-    tiny = ["--rows=64", "--block=8", "--d=4", "--f=4", "--groups=4", "--repeats=2"]
-    out = tmp_path / "grouped.json"
-    assert bench_grouped_matmul.main(["bench", *tiny, f"--out={out}"]) == 0
-    found = json.loads(out.read_text())["groups"]["4"]
-    assert found["over_dense"].keys() == {"grouped_matmul", "ragged_dot"}
-    assert bench_grouped_matmul.main(["bench", *tiny, "--groups=5"]) == 2
-    assert "64 rows do not divide into 5 groups of whole tiles of 8" in capsys.readouterr().err

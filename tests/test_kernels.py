@@ -1,5 +1,7 @@
 """Every implementation of every op against its definition, and the definition against loops."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments import bench_cpu_kernels, command
 from pallas_kernels.gqa_decode import gqa_decode
 from pallas_kernels.gqa_decode import shapes as gqa_shapes
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -140,7 +143,8 @@ def test_mla_attention(shape, implementation):
 
 @pytest.mark.parametrize("block", [4, 16, 128])
 @pytest.mark.parametrize("shape", attention_shapes.SHAPES)
-def test_mla_attention_gradients(shape, block):
+def test_mla_attention_gradients(shape, block, monkeypatch):
+    monkeypatch.setattr(xla, "block_rows", lambda length: block)
     q, k, v, segments, positions = attention_case(shape)
     real = (segments != 0)[..., None, None]
 
@@ -151,7 +155,7 @@ def test_mla_attention_gradients(shape, block):
         return jax.jit(jax.grad(of, (0, 1, 2)))(q, k, v)
 
     def blocked(*args):
-        return xla.mla_attention(*args, block=block)
+        return mla_attention(*args, implementation="xla")
 
     def plain(*args):
         return mla_attention(*args, implementation="reference")
@@ -187,8 +191,9 @@ PARTED = (  # what is cut, and into how many
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(("shape", "parts"), PARTED)
-def test_mla_attention_of_parts_of_the_rows(shape, parts, implementation):
+def test_mla_attention_of_parts_of_the_rows(shape, parts, implementation, monkeypatch):
     """Queries cut into parts: the same outputs and gradients, by one program for all parts."""
+    monkeypatch.setattr(xla, "block_rows", lambda length: 8)  # several tiles a part
     q, k, v, segments, positions = attention_case(shape)
     real = segments != 0
 
@@ -197,8 +202,6 @@ def test_mla_attention_of_parts_of_the_rows(shape, parts, implementation):
 
     def part(q, k, v, segments, positions, first_row):
         arguments = q, k, v, segments, positions, 0.3
-        if implementation == "xla":
-            return xla.mla_attention(*arguments, first_row, block=8)  # several tiles a part
         return mla_attention(*arguments, first_row=first_row, implementation=implementation)
 
     wanted = value_and_gradients(whole)(q, k, v, real, segments, positions)
@@ -217,14 +220,16 @@ def test_mla_attention_of_parts_of_the_rows(shape, parts, implementation):
     assert not got[0][~np.asarray(real)].any()
 
 
-def test_a_part_visits_only_the_tiles_it_needs():
+def test_a_part_visits_only_the_tiles_it_needs(monkeypatch):
     """Keys after the part, and of documents that ended before it, may hold anything."""
+    monkeypatch.setattr(xla, "block_rows", lambda length: 8)
     shape = attention_shapes.Shape(1, 64, 2, 8, 8, (16, 28, 20))
     q, k, v, segments, positions = attention_case(shape)
     k, v = (x.at[:, :16].set(jnp.nan).at[:, 48:].set(jnp.nan) for x in (k, v))
 
     def part(q, k, v, *ids):
-        return xla.mla_attention(q, k, v, *ids, 0.3, jnp.int32(32), block=8)
+        first_row = jnp.int32(32)
+        return mla_attention(q, k, v, *ids, 0.3, first_row=first_row, implementation="xla")
 
     rows = slice(32, 48)
     program = value_and_gradients(part)
@@ -287,7 +292,7 @@ def test_rows_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_mla_attention_memory_is_linear(parts):
-    """No [T, S] array, forward or backward: temporaries grow with T, not with its square."""
+    """No [T, S] array, forward or backward: temporaries are a few copies of the operands."""
 
     def temporaries(t):
         q, k = (jax.ShapeDtypeStruct((1, s, 2, 16), jnp.float32) for s in (t // parts, t))
@@ -300,9 +305,11 @@ def test_mla_attention_memory_is_linear(parts):
         compiled = jax.jit(jax.grad(of, (0, 1, 2))).lower(q, k, k, ids, ids, first_row).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    small, large = temporaries(4096), temporaries(32768)
-    assert large < 12 * small
-    assert large < 32768 * 32768 * 4 / 20 / parts
+    small, large = temporaries(32_768), temporaries(131_072)
+    print(f"temporaries {small / 1e6:.1f} MB at 32K, {large / 1e6:.1f} MB at 128K")
+    assert large < 4.05 * small
+    operand = 131_072 * 2 * 16 * 4
+    assert large < 12 * operand  # one row of scores a query would be 8,192 of them
 
 
 def test_grouped_keys_are_not_repeated():
@@ -507,3 +514,21 @@ def test_an_unknown_implementation_is_refused():
     q, k, v, *pages = gqa_case(gqa_shapes.SHAPES[0])
     with pytest.raises(ValueError, match="unknown implementation 'pallas'; known: xla, reference"):
         gqa_decode(q, k, v, jnp.int32(0), *pages, 0.2, implementation="pallas")
+
+
+# ---- the benchmark of what runs on a CPU --------------------------------------------------------
+
+
+def test_the_benchmark_on_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: False)  # for the process's whole life
+    tiny = ["--tokens=256", "--groups=4", "--rows=64", "--repeats=2"]
+    out = tmp_path / "cpu.json"
+    assert bench_cpu_kernels.main(["bench", *tiny, f"--out={out}"]) == 0
+    found = json.loads(out.read_text())
+    assert found["groups"]["4"]["over_dense"].keys() == {"grouped_matmul", "ragged_dot"}
+    assert found["rows"]["64"]["over_plain"].keys() == {"mla_attention"}
+    assert bench_cpu_kernels.main(["bench", *tiny, "--groups=5"]) == 2
+    message = "256 tokens do not divide into 5 groups of whole tiles of 64"
+    assert message in capsys.readouterr().err
+    assert bench_cpu_kernels.main(["bench", *tiny, "--rows=96"]) == 2
+    assert "256 tokens do not divide into sequences of 96" in capsys.readouterr().err

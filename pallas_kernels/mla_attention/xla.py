@@ -9,81 +9,115 @@ head by head, and keys and values are never repeated.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import e5m6
+from pallas_kernels.varying import alike
 
 MASKED = -1e30
 
 
-def mla_attention(
+class _Tiles(NamedTuple):
+    """The operands cut into tiles of t queries and as many keys, g query heads a key head.
+
+    Attributes:
+        q: [tiles, B, I, g * t, A], times the scale.
+        k: [tiles of the rows, B, I, t, A].
+        v: [tiles of the rows, B, I, t, H].
+        segments: [tiles of the rows, B, t].
+        positions: as segments.
+        first_tile: int32, of the rows; None where the queries are those of every row.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    segments: jax.Array
+    positions: jax.Array
+    first_tile: jax.Array | None
+
+
+def block_rows(length: int) -> int:
+    """Queries and keys a tile, for rows of a length."""
+    # Measured on two CPU cores, forward and backward: at 512 positions 128 and 256 take the
+    # same time, at 4,096 256 takes three quarters of it.
+    return 128 if length <= 1024 else 256
+
+
+def forward(
+    q_BTNA, k_BSIA, v_BSIH, segments_BS, positions_BS, scale, first_row
+) -> tuple[jax.Array, jax.Array]:
+    """(out [B, T, N, H], log-sum-exp [B, T, N] float32); see the package for arguments."""
+    at = _cut(q_BTNA, k_BSIA, v_BSIH, segments_BS, positions_BS, scale, first_row)
+    out, lse = _forward_tiles(at)
+    return _by_row(out, q_BTNA), _by_row(lse[..., None], q_BTNA)[..., 0]
+
+
+def backward(
     q_BTNA,
     k_BSIA,
     v_BSIH,
     segments_BS,
     positions_BS,
     scale,
-    first_row=None,
-    *,
-    kept: str = "as_is",
-    block: int | None = None,
-) -> jax.Array:
-    """See the package for arguments; `block` is the number of queries and of keys a tile.
+    first_row,
+    out_BTNH,
+    lse_BTN,
+    d_out_BTNH,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of q, k and v; see the package for arguments."""
+    at = _cut(q_BTNA, k_BSIA, v_BSIH, segments_BS, positions_BS, scale, first_row)
+    out, d_out = _of_group(out_BTNH, at), _of_group(d_out_BTNH, at)
+    dq, dk, dv = _backward_tiles(at, out, _of_group(lse_BTN[..., None], at)[..., 0], d_out)
+    dq_BTNA = _by_row((dq * scale).astype(q_BTNA.dtype), q_BTNA)
+    return dq_BTNA, _by_row(dk, k_BSIA), _by_row(dv, v_BSIH)
 
-    With `first_row` it is the most of them: a tile holds the largest divisor of T up to that.
-    """
+
+def _cut(q_BTNA, k_BSIA, v_BSIH, segments_BS, positions_BS, scale, first_row) -> _Tiles:
     queries, length = q_BTNA.shape[1], k_BSIA.shape[1]
-    if block is None:
-        # Measured on two CPU cores, forward and backward: at 512 positions 128 and 256 take the
-        # same time, at 4,096 256 takes three quarters of it.
-        block = 128 if length <= 1024 else 256
-    block = min(block, queries)
+    block = min(block_rows(length), queries)
     if first_row is None:
         first_tile = None
     else:
         # A part begins at a multiple of T, so it begins with a tile, and nothing needs padding.
         block = next(size for size in range(block, 0, -1) if queries % size == 0)
-        first_tile = jnp.asarray(first_row, jnp.int32) // block
-    pad = -length % block
-
-    def padded(x):
-        return jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-
-    def heads_first(x_BTNA):  # [tiles, B, N, block, A]
-        b, t, n, a = x_BTNA.shape
-        return x_BTNA.reshape(b, t // block, block, n, a).transpose(1, 0, 3, 2, 4)
+        first_tile = first_row // block
 
     def tiles(x_BS):  # [tiles, B, block]
+        x_BS = _padded(x_BS, block)
         return x_BS.reshape(x_BS.shape[0], -1, block).transpose(1, 0, 2)
 
-    q = heads_first(padded(q_BTNA * jnp.asarray(scale, q_BTNA.dtype)))
-    k, v = heads_first(padded(k_BSIA)), heads_first(padded(v_BSIH))
-    segments, positions = tiles(padded(segments_BS)), tiles(padded(positions_BS))
-    tile_count, b, n, _, a = q.shape
-    h = v.shape[-1]
-    q = q.reshape(tile_count, b, k.shape[2], -1, a)
-    out = _attend(*_alike((q, k, v, segments, positions, first_tile)), kept)
-    out = out.reshape(tile_count, b, n, block, h)
-    return out.transpose(1, 0, 3, 2, 4).reshape(b, tile_count * block, n, h)[:, :queries]
+    q = _heads_first(q_BTNA * jnp.asarray(scale, q_BTNA.dtype), block)
+    k, v = _heads_first(k_BSIA, block), _heads_first(v_BSIH, block)
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    return _Tiles(q, k, v, tiles(segments_BS), tiles(positions_BS), first_tile)
 
 
-def _alike(arrays):
-    """In `shard_map`, which checks it: what differs by device along an axis for one, does for all.
+def _padded(x_BT: jax.Array, block: int) -> jax.Array:
+    spare = -x_BT.shape[1] % block
+    return jnp.pad(x_BT, [(0, 0), (0, spare)] + [(0, 0)] * (x_BT.ndim - 2))
 
-    Outside of one nothing changes. The gradient of what was the same everywhere is then a sum.
-    """
-    varying = [jax.typeof(x).mat.varying for x in jax.tree.leaves(arrays)]
-    axes = frozenset().union(*varying)
 
-    def mark(x):
-        missing = tuple(sorted(axes - jax.typeof(x).mat.varying))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+def _heads_first(x_BTNA: jax.Array, block: int) -> jax.Array:
+    """[tiles, B, N, block, A]."""
+    b, t, n, a = (x_BTNA := _padded(x_BTNA, block)).shape
+    return x_BTNA.reshape(b, t // block, block, n, a).transpose(1, 0, 3, 2, 4)
 
-    return jax.tree.map(mark, arrays)
+
+def _of_group(x_BTNH: jax.Array, at: _Tiles) -> jax.Array:
+    """What there is for each query, as queries lie: [tiles, B, I, g * t, H]."""
+    x = _heads_first(x_BTNH, at.k.shape[3])
+    return x.reshape(*at.q.shape[:4], x.shape[-1])
+
+
+def _by_row(x: jax.Array, like_BTNA: jax.Array) -> jax.Array:
+    """The way back, [B, T, N, H] of as many rows and heads as `like_BTNA`."""
+    _, rows, n, _ = like_BTNA.shape
+    tile_count, b, _, _, h = x.shape
+    x = x.reshape(tile_count, b, n, -1, h).transpose(1, 0, 3, 2, 4)
+    return x.reshape(b, -1, n, h)[:, :rows]
 
 
 def _first_tiles(segments: jax.Array) -> jax.Array:
@@ -113,7 +147,8 @@ def _scores(q, k, segment_q, segment_k, position_q, position_k):
     return scores, mask[:, None]
 
 
-def _forward_tiles(q, k, v, segments, positions, first_tile):
+def _forward_tiles(at: _Tiles):
+    q, k, v, segments, positions, first_tile = at
     tile_count, b, i, rows, _ = q.shape
     first = _of_queries(_first_tiles(segments), first_tile, tile_count)
 
@@ -143,7 +178,7 @@ def _forward_tiles(q, k, v, segments, positions, first_tile):
             jnp.full((b, i, rows), MASKED, jnp.float32),
             jnp.zeros((b, i, rows), jnp.float32),
         )
-        acc, top, total = jax.lax.fori_loop(first_i, tile + 1, key_tile, _alike((start, q_i))[0])
+        acc, top, total = jax.lax.fori_loop(first_i, tile + 1, key_tile, alike((start, q_i))[0])
         safe = jnp.where(total > 0, total, 1.0)  # a padding row attends to nothing and gives zero
         return None, ((acc / safe[..., None]).astype(v.dtype), top + jnp.log(safe))
 
@@ -156,26 +191,8 @@ def _forward_tiles(q, k, v, segments, positions, first_tile):
     return jax.lax.scan(query_tile, None, (tile, q, segments_q, positions_q, first))[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, segments, positions, first_tile, kept):
-    out = _forward_tiles(q, k, v, segments, positions, first_tile)[0]
-    return e5m6.rounded(out) if kept == "e5m6" else out
-
-
-def _forward(q, k, v, segments, positions, first_tile, kept):
-    out, lse = _forward_tiles(q, k, v, segments, positions, first_tile)
-    # By these names a remat policy keeps what attention has found, and not its inputs.
-    lse = checkpoint_name(lse, "attention_lse")
-    held = e5m6.pack(out) if kept == "e5m6" else out
-    held = jax.tree.map(lambda part: checkpoint_name(part, "attention_out"), held)
-    # What comes after sees what is kept, so that nothing else of it need be.
-    out = e5m6.unpack(held, v.shape[-1], v.dtype) if kept == "e5m6" else held
-    return out, (q, k, v, segments, positions, first_tile, held, lse)
-
-
-def _backward(kept, saved, d_out):
-    q, k, v, segments, positions, first_tile, held, lse = saved
-    out = e5m6.unpack(held, v.shape[-1], v.dtype) if kept == "e5m6" else held
+def _backward_tiles(at: _Tiles, out, lse, d_out):
+    q, k, v, segments, positions, first_tile = at
     query_tiles, key_tiles = q.shape[0], k.shape[0]
     segments_q, positions_q = (
         _of_queries(x, first_tile, query_tiles) for x in (segments, positions)
@@ -202,19 +219,13 @@ def _backward(kept, saved, d_out):
             return dq, dk, dv
 
         zeros = jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32)
-        zeros, _ = _alike((zeros, q))
+        zeros, _ = alike((zeros, q))
         dq, dk, dv = jax.lax.fori_loop(begin_j, last_j, query_tile, (dq, *zeros))
         return dq, (dk.astype(k.dtype), dv.astype(v.dtype))  # stacked as they are returned
 
     begin = jnp.arange(key_tiles, dtype=jnp.int32)
     if first_tile is not None:
         begin = jnp.maximum(begin - first_tile, 0)
-    zeros, _ = _alike((jnp.zeros(q.shape, jnp.float32), q))
+    zeros, _ = alike((jnp.zeros(q.shape, jnp.float32), q))
     dq, (dk, dv) = jax.lax.scan(key_tile, zeros, (begin, k, v, segments, positions, last))
-    no_gradient = np.zeros(segments.shape, jax.dtypes.float0)
-    of_tile = None if first_tile is None else np.zeros((), jax.dtypes.float0)
-    of_integers = no_gradient, no_gradient, of_tile
-    return dq.astype(q.dtype), dk, dv, *of_integers
-
-
-_attend.defvjp(_forward, _backward)
+    return dq, dk, dv
