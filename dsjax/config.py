@@ -554,6 +554,24 @@ class PrecisionConfig:
     scale: Literal["float32", "power_of_two"] = "float32"  # of FP8's tiles; V3.1's are powers
 
 
+CacheKind = Literal["computed", "fp8"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferConfig:
+    """How tokens are generated; it decides nothing of training."""
+
+    # `fp8` keeps MLA's latents in FP8 with a scale for every 128, rope keys as they are computed.
+    cache: CacheKind = free("computed")
+    # Longer prompts go into the cache in pieces of so many positions, which bounds what a prefill
+    # needs beside the cache; None takes them whole.
+    prefill_chunk: int | None = free(None)
+
+    def __post_init__(self):
+        if self.prefill_chunk is not None:
+            _positive(self, "prefill_chunk")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Over how many devices a run is spread, and how; it may go on over others.
@@ -601,6 +619,7 @@ class Config:
     data: DataConfig = DataConfig()
     precision: PrecisionConfig = PrecisionConfig()
     mesh: MeshConfig = MeshConfig()
+    infer: InferConfig = InferConfig()
 
     def __post_init__(self):
         _require(

@@ -295,6 +295,7 @@ class LanguageModel:
             max_tokens=max_tokens,
             sampling=sampling,
             stop_ids=tuple(stop_ids),
+            infer=self.config.infer,
             allowed=vocab_size if self.tokenizer is None else self.tokenizer.vocab_size,
             seed=seed,
         )

@@ -167,6 +167,44 @@ def sum_tokens(tree: Any, rules: AxisRules) -> Any:
     return lax.psum(tree, axes) if axes else tree
 
 
+# ---- the cache ----------------------------------------------------------------------------------
+
+
+def gather_heads(q_BTN: jax.Array, axes: Axes) -> jax.Array:
+    """The queries [B, T, N, ...] of all heads, which are cut over `axes`."""
+    axes = inside(axes)
+    return lax.all_gather(q_BTN, axes, axis=2, tiled=True) if axes else q_BTN
+
+
+def combine_parts(
+    out_BTNC: jax.Array, lse_BTN: jax.Array, axes: Axes, heads: Axes = ()
+) -> jax.Array:
+    """What attention over all keys gives, of which each device along `axes` has some.
+
+    Args:
+        out_BTNC: over this device's keys.
+        lse_BTN: their log-sum-exp, float32; finite also of no keys.
+        axes: over which keys are spread.
+        heads: those of the axes along which each device wants its own heads only, as
+            `gather_heads` found them.
+
+    Returns:
+        As `out_BTNC`, with N of this device's heads.
+    """
+    axes, heads = inside(axes), inside(heads)
+    if not axes:
+        return out_BTNC
+    assert set(heads) <= set(axes), "heads are cut over some of the devices that have keys"
+    weight_BTN = jnp.exp(lse_BTN - lax.pmax(lse_BTN, axes))
+    weight_BTN = weight_BTN / lax.psum(weight_BTN, axes)
+    sum_BTNC = out_BTNC.astype(jnp.float32) * weight_BTN[..., None]
+    if heads:
+        sum_BTNC = lax.psum_scatter(sum_BTNC, heads, scatter_dimension=2, tiled=True)
+    if others := tuple(a for a in axes if a not in heads):
+        sum_BTNC = lax.psum(sum_BTNC, others)
+    return sum_BTNC.astype(out_BTNC.dtype)
+
+
 # ---- tokens -------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,8 @@
 
 Knows nothing about models beyond the names of logical axes. Weights are laid out by `embed` (the
 model's width), `q_latent`, `kv_latent`, `heads`, `mlp`, `vocab`, `experts`, `expert_mlp`, `layers`;
-activations by `batch`, `seq`, `act_heads` and `act_mlp`. What a layer does with a weight follows
+activations by `batch`, `seq`, `act_heads` and `act_mlp`; the cache of what was attended to by
+`pages`. What a layer does with a weight follows
 from the two: `sharding.island`.
 """
 
@@ -80,6 +81,7 @@ class AxisRules:
     vocab: MeshAxes = None
     layers: MeshAxes = None
     stage: MeshAxes = None
+    pages: MeshAxes = None
     act_embed: MeshAxes = None
     act_heads: MeshAxes = None
     act_mlp: MeshAxes = None
@@ -203,8 +205,10 @@ PRESETS: dict[str, AxisRules] = {
         experts=("expert", "tensor"),
         act_heads="tensor",
     ),
-    # One token a step: weights stay where they are, activations travel.
+    # One token a step: weights stay where they are, activations travel. A sequence's cache lies
+    # over the devices that share its heads, for all heads read the same latents.
     "decode": AxisRules(
+        pages=("context", "tensor"),
         batch=("data", "fsdp", "expert"),
         heads="tensor",
         mlp="tensor",

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.config import InferConfig
 from dsjax.errors import InputError
 from dsjax.infer.generate import decode, generate, prepare, run
 from dsjax.infer.sampler import Sampling, sample
 from dsjax.model.cache import contiguous_table, empty_entries
 from dsjax.model.transformer import build, merge, split
+from dsjax.overrides import override
 from dsjax.presets import preset
 
 # ---- the sampler --------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ def prompts():
     return [rng.integers(0, ALLOWED, length).tolist() for length in LENGTHS]
 
 
-def speak(nano, prompts, *, max_tokens=40, stop_ids=NEVER, seed=0, **sampling):
+def speak(nano, prompts, *, max_tokens=40, stop_ids=NEVER, seed=0, infer=None, **sampling):
     return generate(
         *nano,
         prompts,
@@ -167,6 +169,7 @@ def speak(nano, prompts, *, max_tokens=40, stop_ids=NEVER, seed=0, **sampling):
         stop_ids=stop_ids,
         allowed=ALLOWED,
         seed=seed,
+        infer=infer,
     )
 
 
@@ -278,6 +281,45 @@ def test_a_handful_of_programs_serves_many_calls(nano, prompts):
     speak(nano, [prompts[4][:65]], max_tokens=2)
     speak(nano, [prompts[4][:100]], temperature=1.0, max_tokens=64)
     assert run._cache_size() == 2
+
+
+@pytest.mark.parametrize("chunk", [64, 40])
+def test_a_prompt_in_pieces_says_what_it_says_whole(nano, prompts, greedy, chunk):
+    """Pieces of whole pages and of other lengths, with prompts that end in each of them."""
+    result = speak(nano, prompts, infer=InferConfig(prefill_chunk=chunk))
+    np.testing.assert_array_equal(result.tokens_BG, greedy.tokens_BG)
+    drawn = {"temperature": 1.0, "seed": 5}
+    result = speak(nano, prompts, infer=InferConfig(prefill_chunk=chunk), **drawn)
+    wanted = speak(nano, prompts, **drawn)
+    np.testing.assert_array_equal(result.tokens_BG, wanted.tokens_BG)
+    np.testing.assert_allclose(result.log_probs_BG, wanted.log_probs_BG, atol=1e-4)
+
+
+def test_an_fp8_cache_is_near(nano, prompts, forward):
+    result = speak(nano, prompts, temperature=1.0, infer=InferConfig(cache="fp8"))
+    log_BGV = forward(prompts, result.tokens_BG)
+    wanted = np.take_along_axis(log_BGV, result.tokens_BG[..., None], axis=-1)[..., 0]
+    off = np.abs(result.log_probs_BG - wanted)
+    assert 1e-4 < np.median(off) < 0.1
+
+
+def test_an_fp8_cache_takes_its_656_bytes():
+    config = preset("deepseek_v3").model
+    entries = jax.eval_shape(lambda: empty_entries(config, 2, jnp.bfloat16, "fp8"))
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(entries))
+    assert total == 2 * 64 * 61 * 656
+
+
+def test_an_fp8_cache_of_keys_and_values_is_refused():
+    config = preset("r1_distill_qwen_1_5b").model
+    with pytest.raises(InputError, match="an FP8 cache is of latents"):
+        empty_entries(config, 2, jnp.bfloat16, "fp8")
+
+
+def test_a_prefill_chunk_of_nothing_is_refused():
+    with pytest.raises(InputError, match="prefill_chunk"):
+        override(preset("nano"), "infer.prefill_chunk=0")
+    assert override(preset("nano"), "infer.prefill_chunk=512").infer.prefill_chunk == 512
 
 
 @pytest.mark.parametrize(

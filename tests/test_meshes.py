@@ -507,6 +507,35 @@ def test_a_mesh_scores_and_generates_the_same(place):
         assert distance(mine, theirs) <= FLOAT32
 
 
+LONG = [np.random.default_rng(n).integers(0, VOCAB, n).tolist() for n in (150, 64, 3, 200)]
+
+
+@functools.cache
+def said(place: MeshShape | None, *changes: str):
+    lm = language_model()
+    config = override(lm.config, *changes)
+    lm = dsjax.LanguageModel(config, lm.graphdef, lm.params, lm.bias, None)
+    if place is not None:
+        lm = lm.with_rules(PRESETS["decode"], make_mesh(place))
+    return lm.generate_tokens(LONG, max_tokens=70, temperature=0.8, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        (MeshShape(context=2, tensor=2), ()),
+        pytest.param(MeshShape(context=4, expert=2), (), marks=pytest.mark.nightly),
+        (MeshShape(tensor=4), ("infer.cache=fp8", "infer.prefill_chunk=48")),
+    ],
+    ids=["context-tensor", "context-expert", "tensor-fp8"],
+)
+def test_a_cache_over_devices_says_the_same(place, changes):
+    """Sequences of no page, one, and several for every device."""
+    made, wanted = said(place, *changes), said(None, *changes)
+    np.testing.assert_array_equal(made.tokens_BG, wanted.tokens_BG)
+    assert distance(made.log_probs_BG, wanted.log_probs_BG) <= FLOAT32
+
+
 @pytest.mark.slow
 def test_weights_kept_in_fp8_lie_by_whole_experts(tmp_path):
     language_model().save_pretrained(tmp_path / "fp8", dtype="fp8")

@@ -13,9 +13,18 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from dsjax.config import InferConfig
 from dsjax.infer.sampler import Sampling, sample
 from dsjax.meshes import blueprint_rules, mesh_of
-from dsjax.model.cache import PAGE_SIZE, Cache, Entries, advance, contiguous_table, empty_entries
+from dsjax.model.cache import (
+    PAGE_SIZE,
+    Cache,
+    Entries,
+    advance,
+    contiguous_table,
+    empty_entries,
+    page_axes,
+)
 from dsjax.model.transformer import Transformer, merge
 from dsjax.precision import Quantized
 from sharding import island
@@ -73,6 +82,7 @@ def generate(
     stop_ids: tuple[int, ...] = (),
     allowed: int,
     seed: int,
+    infer: InferConfig | None = None,
 ) -> Generation:
     """Continues a batch of prompts.
 
@@ -89,9 +99,10 @@ def generate(
         stop_ids: tokens that end a sequence.
         allowed: ids from here on are never drawn.
         seed: of the draws; the same seed and batch give the same tokens.
+        infer: how the cache is kept and filled; None for the defaults.
 
     Raises:
-        ValueError: for an empty prompt or budget.
+        ValueError: for an empty prompt or budget, or an FP8 cache of a model without latents.
     """
     if max_tokens < 1 or not prompts or not all(prompts):
         raise ValueError("generation needs a prompt of one token and a budget of one")
@@ -117,6 +128,7 @@ def generate(
             np.int32(max_tokens),
             budget=_whole_pages(max_tokens),
             allowed=allowed,
+            infer=infer or InferConfig(),
         )
     tokens, log_probs, count, stopped = (np.asarray(x)[:asked] for x in found)
     return Generation(tokens[:, :max_tokens], log_probs[:, :max_tokens], count, stopped)
@@ -126,7 +138,7 @@ def _whole_pages(positions: int) -> int:
     return -(-positions // PAGE_SIZE) * PAGE_SIZE
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "budget", "allowed"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "budget", "allowed", "infer"))
 def run(
     graphdef: nnx.GraphDef,
     params: dict,
@@ -141,6 +153,7 @@ def run(
     *,
     budget: int,
     allowed: int,
+    infer: InferConfig,
 ) -> tuple[Int[Array, "B G"], Float[Array, "B G"], Int[Array, " B"], Bool[Array, " B"]]:
     """The program of `generate`: prefill, then a loop that ends when every sequence has.
 
@@ -150,7 +163,7 @@ def run(
     rules = blueprint_rules(graphdef)
 
     def local(*arrays):
-        return _run(graphdef, rules, budget, allowed, *arrays)
+        return _run(graphdef, rules, budget, allowed, infer, *arrays)
 
     by_row = P(rules.of("batch") or None)
     arrays = params, bias, tokens_BT, length_B, key, temperature, top_p, stop_ids, max_tokens
@@ -162,6 +175,7 @@ def _run(
     rules,
     budget,
     allowed,
+    infer,
     params,
     bias,
     tokens_BT,
@@ -178,8 +192,10 @@ def _run(
     params, bias = prepare(params, bias, precision.compute_dtype, recipe=precision.recipe)
     model = merge(graphdef, params, bias)
     batch, width = tokens_BT.shape
-    table_BX = contiguous_table(batch, width + budget)
-    entries = empty_entries(model.config, table_BX.size, model.precision.compute_dtype)
+    parts = island.count(page_axes(model.config, rules))
+    table_BX = contiguous_table(batch, width + budget, parts)
+    dtype = model.precision.compute_dtype
+    entries = empty_entries(model.config, table_BX.size, dtype, infer.cache)
     first_row = island.place(rules.of("batch")) * batch
     draw = functools.partial(
         sample, temperature=temperature, top_p=top_p, allowed=allowed, first_row=first_row
@@ -188,7 +204,8 @@ def _run(
     def left(done_B):  # over all devices: they take their steps together
         return island.sum_tokens(jnp.sum(~done_B, dtype=jnp.int32), rules)
 
-    hidden_BD, entries = prefill(model, tokens_BT, length_B, entries, table_BX)
+    chunk = infer.prefill_chunk
+    hidden_BD, entries = prefill(model, tokens_BT, length_B, entries, table_BX, chunk=chunk)
     logits_BV = model.logits(hidden_BD[:, None])[:, 0]
     token_B, log_B = draw(logits_BV, jax.random.fold_in(key, 0))
 
@@ -222,22 +239,59 @@ def prefill(
     length_B: Int[Array, " B"],
     entries: dict[str, Entries],
     table_BX: Int[Array, "B X"],
+    *,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B D"], dict[str, Entries]]:
     """Runs prompts, padded on the right, into an empty cache.
+
+    Args:
+        model: the model.
+        tokens_BT: int32 prompts.
+        length_B: int32 tokens of each, at least 1.
+        entries: the cache's arrays.
+        table_BX: their pages.
+        chunk: positions that run at a time; None for all. The first ones attend to each other in
+            the expanded form, later ones to the cache: in FP8, to what was rounded.
 
     Returns:
         (hidden_BD of each prompt's last token, the cache's arrays).
     """
     width = tokens_BT.shape[1]
-    pages, positions_BT = advance(table_BX, jnp.zeros_like(length_B), length_B, width)
+    if chunk is None or chunk >= width:
+        return _piece(model, tokens_BT, 0, length_B, entries, table_BX, fresh=True)
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -width % chunk)))
+
+    def piece(i, carry):
+        hidden_BD, entries = carry
+        part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, i * chunk, chunk, axis=1)
+        found_BD, entries = _piece(
+            model, part_BT, i * chunk, length_B, entries, table_BX, fresh=False
+        )
+        ends_here = (length_B - 1) // chunk == i
+        return jnp.where(ends_here[:, None], found_BD, hidden_BD), entries
+
+    first_BT, pieces = tokens_BT[:, :chunk], tokens_BT.shape[1] // chunk
+    start = _piece(model, first_BT, 0, length_B, entries, table_BX, fresh=True)
+    return jax.lax.fori_loop(1, pieces, piece, start)
+
+
+def _piece(model, tokens_BT, first, length_B, entries, table_BX, *, fresh):
+    """`prefill` of the positions from `first` on.
+
+    Hidden states of prompts that end elsewhere mean nothing.
+    """
+    width, axes = tokens_BT.shape[1], page_axes(model.config, model.rules)
+    cached_B = jnp.minimum(length_B, first)
+    new_B = jnp.clip(length_B - first, 0, width)
+    pages, positions_BT = advance(table_BX, cached_B, new_B, width, axes)
     output = model(
         tokens_BT,
         positions_BT=positions_BT,
         segments_BT=(positions_BT >= 0).astype(jnp.int32),
-        cache=Cache(entries, pages, fresh=True),
+        cache=Cache(entries, pages, fresh=fresh),
     )
     assert output.cache is not None  # it was given one
-    last_B11 = (length_B - 1)[:, None, None]
+    last_B11 = jnp.clip(length_B - 1 - first, 0, width - 1)[:, None, None]
     hidden_BD = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)[:, 0]
     return hidden_BD, output.cache.entries
 
@@ -263,7 +317,8 @@ def decode(
     Returns:
         (logits_BV of the next token, the cache's arrays).
     """
-    pages, positions_B1 = advance(table_BX, cached_B, running_B.astype(jnp.int32), 1)
+    axes = page_axes(model.config, model.rules)
+    pages, positions_B1 = advance(table_BX, cached_B, running_B.astype(jnp.int32), 1, axes)
     output = model(
         token_B[:, None],
         positions_BT=positions_B1,

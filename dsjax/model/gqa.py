@@ -94,16 +94,17 @@ class GroupedQueryAttention(nnx.Module):
             assert entries is not None  # what is not fresh lies in a cache
             assert layer is not None
             assert pages is not None
-            out_BTNH, _ = gqa_decode(
+            out_BTNH, lse_BTN = gqa_decode(
                 q_BTNA,
                 entries.k_LXSIA,
                 entries.v_LXSIH,
                 layer,
                 pages.table_BX,
                 pages.length_B,
-                where.positions_BT,
+                pages.seen_BT,
                 self._scale,
             )
+            out_BTNH = island.combine_parts(out_BTNH, lse_BTN, pages.axes)
         out_BTD = self._linear(out_BTNH, self.w_o_NHD, "btnh,nhd->btd", fp8.CROSSING)
         out_BTD = island.leave(out_BTD, self.rules.of("act_heads"), self.rules)
         if self.config.out_bias:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsjax.config import MlaConfig
 from dsjax.model import fp8, rope
-from dsjax.model.cache import Pages, write
+from dsjax.model.cache import Pages, write_latents
 from dsjax.model.layers import (
     Normed,
     contract,
@@ -29,6 +29,7 @@ from dsjax.model.layers import (
 )
 from dsjax.model.row import Row, attend
 from dsjax.precision import Precision
+from pallas_kernels.latents import Latents
 from pallas_kernels.mla_decode import mla_decode
 from sharding import island
 from sharding.rules import AxisRules
@@ -73,17 +74,17 @@ class MultiHeadLatentAttention(nnx.Module):
         x_BTD: Float[Array, "B T D"] | Normed,
         *,
         where: Row,
-        entries: Float[Array, "L X S Z"] | None = None,
+        entries: Latents | None = None,
         layer: Int[Array, ""] | None = None,
         pages: Pages | None = None,
         fresh: bool = True,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L X S Z"] | None]:
+    ) -> tuple[Float[Array, "B T D"], Latents | None]:
         """Attends within the sequence, or to the cache.
 
         Args:
             x_BTD: normed hidden states, or such as wait for it.
             where: the places of the tokens.
-            entries: the stack's cache [L, X, S, Z], or None without one.
+            entries: the stack's cache [L, X, S, Z], also in FP8, or None without one.
             layer: which layer of the cache is this one's.
             pages: where new positions are written and old ones read.
             fresh: nothing is cached before these positions: attends among them in the expanded
@@ -99,13 +100,11 @@ class MultiHeadLatentAttention(nnx.Module):
         if entries is not None:
             assert layer is not None  # it and the pages come with a cache
             assert pages is not None
-            entries = write(entries, layer, new_BTZ, pages.slot_BT)
+            entries = write_latents(entries, layer, new_BTZ, pages.slot_BT)
         if fresh:
             out_BTNH = self._expanded(q_nope_BTNP, q_rope_BTNR, new_BTZ, where)
         else:
-            out_BTNH = self._absorbed(
-                q_nope_BTNP, q_rope_BTNR, entries, layer, pages, where.positions_BT
-            )
+            out_BTNH = self._absorbed(q_nope_BTNP, q_rope_BTNR, entries, layer, pages)
         out_BTD = self._linear(out_BTNH, self.w_o_NHD, "btnh,nhd->btd", fp8.CROSSING)
         return island.leave(out_BTD, self.rules.of("act_heads"), self.rules), entries
 
@@ -170,8 +169,11 @@ class MultiHeadLatentAttention(nnx.Module):
             q_BTNA, k_BSNA, v_BSNH, where, self._scale, self.rules, self.precision.attention_kept
         )
 
-    def _absorbed(self, q_nope_BTNP, q_rope_BTNR, latent_LXSZ, layer, pages, positions_BT):
-        """W^UK taken into the query, W^UV after the sum: multi-query attention over the latent."""
+    def _absorbed(self, q_nope_BTNP, q_rope_BTNR, latent_LXSZ, layer, pages):
+        """W^UK taken into the query, W^UV after the sum: multi-query attention over the latent.
+
+        Where devices that share heads share latents, too, each attends for all of those heads.
+        """
         config, linear = self.config, self.precision.linear
         if self.precision.recipe == "fp8":
             told = {"rules": self.rules, "precision": self.precision}
@@ -181,14 +183,16 @@ class MultiHeadLatentAttention(nnx.Module):
         w_uk_CNP, w_uv_CNH = jnp.split(w_ukv_CNY, [config.nope_dim], axis=-1)
         q_latent_BTNC = linear(q_nope_BTNP, w_uk_CNP, "btnp,cnp->btnc", role="wide")
         q_BTNZ = jnp.concatenate([q_latent_BTNC, q_rope_BTNR], axis=-1)
-        out_BTNC, _ = mla_decode(
-            q_BTNZ,
+        shared = tuple(a for a in pages.axes if a in self.rules.of("act_heads"))
+        out_BTNC, lse_BTN = mla_decode(
+            island.gather_heads(q_BTNZ, shared),
             latent_LXSZ,
             layer,
             pages.table_BX,
             pages.length_B,
-            positions_BT,
+            pages.seen_BT,
             self._scale,
             value_dim=config.kv_latent_dim,
         )
+        out_BTNC = island.combine_parts(out_BTNC, lse_BTN, pages.axes, shared)
         return linear(out_BTNC, w_uv_CNH, "btnc,cnh->btnh", role="wide")
