@@ -156,7 +156,7 @@ def test_refuses_what_it_cannot_do():
         override(CONFIG, "precision.recipe=fp8", "mesh.wire=bfloat16")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_goes_on_bit_for_bit(tmp_path):
     """From its histories, too: the last three of six steps, taken again from the third's state."""
     config = override(

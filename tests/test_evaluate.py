@@ -203,6 +203,7 @@ def test_every_variant_is_a_configuration_of_its_own(name):
     assert len(configs) == len(study.variants) >= 2
 
 
+@pytest.mark.nightly
 def test_a_study_trains_measures_and_draws(tmp_path):
     pytest.importorskip("matplotlib")
     config = override(

@@ -117,7 +117,7 @@ def unbroken(once):
     return once("a run of 120 steps", make_unbroken)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.nightly)])
 def test_killed_at_random_moments_it_gives_the_unbroken_curve(unbroken, times, tmp_path):
     """kill -9, most often while it trains and saves every few steps; then the same command."""
     workdir, rng = tmp_path / "killed", random.Random(0)
@@ -181,6 +181,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.nightly
 def test_a_full_disk_keeps_the_old_step_and_ends_the_run_only_after_retries(unbroken, small_disk):
     workdir = small_disk / "run"
     process = start(workdir, unbroken["text"])
@@ -249,6 +250,7 @@ def test_another_configuration_is_refused_by_name(unbroken, capsys, monkeypatch,
     assert field in err
 
 
+@pytest.mark.nightly
 def test_what_decides_no_number_may_change_when_a_run_goes_on(unbroken, tmp_path):
     workdir = tmp_path / "changed"
     process = start(workdir, unbroken["text"])

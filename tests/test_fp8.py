@@ -575,7 +575,7 @@ def test_meshes_and_remat_move_the_same_numbers(name, unrounded):
     assert_steps_equal(got, one_device("precision.recipe=plain"))
 
 
-@on_meshes("fsdp_ep")
+@on_meshes(None)
 def test_a_mesh_rounds_no_more_than_one_device_does(name):
     """Tiles are of a device's own tokens, and ties fall as float32 sums do."""
     got = take_step(meshed(MESHES[name], f"train.remat={REMAT[name]}"))

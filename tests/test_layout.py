@@ -230,8 +230,8 @@ IN_FP8 = [
 ]
 
 
-def slow(case):
-    return pytest.param(case, marks=pytest.mark.slow)
+def late(case):
+    return pytest.param(case, marks=pytest.mark.nightly)
 
 
 def named(case):
@@ -241,11 +241,11 @@ def named(case):
 @pytest.mark.parametrize(
     "case",
     [
-        *(case if i in (1, 3, 4, 5, 7) else slow(case) for i, case in enumerate(TRACED)),
+        *(case if i in (1, 3, 4, 5, 7) else late(case) for i, case in enumerate(TRACED)),
         KEPT[0],
-        *(slow(case) for case in KEPT[1:]),
+        *(late(case) for case in KEPT[1:]),
         IN_FP8[0],
-        *(slow(case) for case in IN_FP8[1:]),
+        *(late(case) for case in IN_FP8[1:]),
     ],
     ids=named,
 )
@@ -263,8 +263,8 @@ def test_what_moves_is_what_was_predicted(case):
     "case",
     [
         ("rules=fsdp_ep", "fsdp=32", "expert=64"),
-        slow(("rules=fsdp_ep_tp", "fsdp=16", "expert=64", "tensor=2")),
-        slow(("rules=fsdp_ep_tp", "fsdp=16", "expert=64", "tensor=2", FP8)),
+        late(("rules=fsdp_ep_tp", "fsdp=16", "expert=64", "tensor=2")),
+        late(("rules=fsdp_ep_tp", "fsdp=16", "expert=64", "tensor=2", FP8)),
     ],
     ids=named,
 )

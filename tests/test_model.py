@@ -297,7 +297,7 @@ def test_packed_v2_losses_against_the_oracle():
     np.testing.assert_allclose(total, losses.total, rtol=FLOAT32)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.nightly), "full"])
 def test_a_balance_without_weight_costs_nothing(remat):
     """What no loss weighs is gone from the compiled step, the scan over layers included."""
     config = v2_config()
@@ -393,7 +393,7 @@ def test_fresh_prefill_equals_absorbed(nano_rows):
     np.testing.assert_array_equal(written, np.arange(written.size) < 97)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.nightly)])
 def test_remat_changes_nothing(nano_rows, remat):
     """Same loss, same gradients, and loads that are counted once."""
     config, graphdef, params, bias, tokens_BT, _ = nano_rows

@@ -42,9 +42,9 @@ MODELS = (*DENSE, *golden_cases.MODELS)
 SPELLINGS = ("config", "config_published")
 
 
-def some(*quick, of=MODELS):
+def some(*quick, of=MODELS, rest=pytest.mark.slow):
     """Goldens to ask: all of them, but most only where slow tests run, as programs compile long."""
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in of]
+    return [n if n in quick else pytest.param(n, marks=rest) for n in of]
 
 
 def assert_same(got, wanted):
@@ -91,7 +91,9 @@ def test_logits_are_the_peers(golden):
     np.testing.assert_array_equal(logits[:, length - 1 : -1].argmax(-1), chosen)
 
 
-@pytest.mark.parametrize("golden", some("llama"), indirect=True)
+@pytest.mark.parametrize(
+    "golden", some("llama", "deepseek_v3", "deepseek_v2", rest=pytest.mark.nightly), indirect=True
+)
 def test_greedy_tokens_are_the_peers(golden):
     """Prefill and cached decode beside full forwards; no choice is nearly tied in these files."""
     tensors, lm, _ = golden

@@ -695,6 +695,7 @@ def test_what_the_source_said_is_handed_back(folders, tmp_path):
 # -------------------------------------------------------------------------------------- streaming
 
 
+@pytest.mark.nightly
 def test_each_device_reads_what_it_holds(folders, monkeypatch, tmp_path):
     from dsjax.interop import load as load_module
 

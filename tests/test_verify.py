@@ -520,7 +520,7 @@ def test_mtp_that_was_trained_on_another_hidden_state_fails_under_its_name(learn
     assert report.outcomes[1].result == "better"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_scales_of_fp8(right_fp8, capsys):
     """The published folder passes; scales divided by, or transposed, fail under their names."""
     folder, lm = right_fp8
