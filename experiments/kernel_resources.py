@@ -10,7 +10,6 @@ failure). Exit code 1 if anything differs. --write makes the table and its page 
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,11 +19,11 @@ from pathlib import Path
 from absl import flags
 
 from dsjax.errors import InputError, RunError
-from experiments import command
+from experiments import command, topologies
 from experiments.kernels import table
+from experiments.kernels.ahead import TOPOLOGIES
 from experiments.kernels.cases import cases
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 TARGETS = {"cuda": ("h100",), "tpu": ("v5p", "v6e", "tpu7x")}  # a process each
 
 FLAGS = command.define_flags(default_preset=None, default_workdir=None)
@@ -36,12 +35,17 @@ flags.DEFINE_multi_string(
 )
 flags.DEFINE_bool("write", False, "Makes the table and its page anew.", flag_values=FLAGS)
 flags.DEFINE_string(
-    "aot", str(REPOSITORY / ".aot"), "Folder of the compilers: make aot.", flag_values=FLAGS
+    "aot", str(topologies.AOT), "Folder of the compilers: make aot.", flag_values=FLAGS
 )
 flags.DEFINE_string(
-    "table", str(REPOSITORY / "docs/kernel_resources.json"), "The table.", flag_values=FLAGS
+    "table",
+    str(topologies.REPOSITORY / "docs/kernel_resources.json"),
+    "The table.",
+    flag_values=FLAGS,
 )
-flags.DEFINE_string("page", str(REPOSITORY / "docs/kernels.md"), "Its page.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "page", str(topologies.REPOSITORY / "docs/kernels.md"), "Its page.", flag_values=FLAGS
+)
 
 
 def _body(values: flags.FlagValues) -> None:
@@ -50,8 +54,6 @@ def _body(values: flags.FlagValues) -> None:
     for name in values.only:
         if name not in known and name not in ops:
             raise InputError(f"--only={name}: no such call; ops: {'; '.join(sorted(ops))}")
-    if not Path(values.aot).is_dir():
-        raise InputError(f"no compilers at {values.aot}; `make aot` installs them")
     wanted = values.target or sum(TARGETS.values(), ())
     found: table.Table = {}
     for platform, targets in TARGETS.items():
@@ -84,26 +86,14 @@ def _compile(platform: str, targets: list[str], only: list[str], aot: str) -> ta
     """Compiles in a process that has the platform's compiler."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as dumps:
-        environment = os.environ | {
-            "PATH": f"{aot}/nvidia/cu13/bin{os.pathsep}{os.environ.get('PATH', '')}",
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), aot]),
-            "JAX_PLATFORMS": "cpu",
-            # What is taken from a cache is not compiled, and so says nothing.
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-            "MOSAIC_GPU_DUMP_TO": dumps,
-            # Without a device nothing can be timed.
-            "XLA_FLAGS": "--xla_gpu_autotune_level=0" if platform == "cuda" else "",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5p-8",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        }
+        environment = topologies.environment(TOPOLOGIES[targets[0]], aot)
+        environment["MOSAIC_GPU_DUMP_TO"] = dumps
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "experiments.kernels.ahead", platform, *targets),
                 *(f"--only={name}" for name in only),
             ],
-            cwd=REPOSITORY,
+            cwd=topologies.REPOSITORY,
             env=environment,
             capture_output=True,
             text=True,

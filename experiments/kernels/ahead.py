@@ -20,29 +20,19 @@ import time
 from pathlib import Path
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments import topologies
 from experiments.kernels.cases import Case, cases
 from pallas_kernels import choose
 
-# Written by hand from the data sheet; `experiments.bench_kernels` reads one off a device.
-H100 = Path(__file__).parent / "h100_target.textproto"
-TPUS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {"h100": "h100:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 FEWER = ("v5p", "v6e")  # one call of each op; tpu7x, which multiplies FP8, has them all
 # Where no kernel is: what XLA makes of the plain form for an H100, one of a kind.
 PLAIN = (
     *("fp8_matmul 4096x4096x7168", "quantize_both 4096x7168"),
     *("grouped_matmul 8x4096, [X, 7168]", "grouped_fp8_matmul 8x4096, [X, 7168] by [E, 4096"),
 )
-
-
-def _device(target: str) -> jax.Device:
-    if target != "h100":
-        return topologies.get_topology_desc(TPUS[target], "tpu").devices[0]
-    return topologies.get_topology_desc(
-        "", "cuda", target_config=H100.read_text(encoding="utf-8"), topology="1x1x1"
-    ).devices[0]
 
 
 def _compiler(platform: str) -> str:
@@ -155,7 +145,7 @@ def main(argv: list[str]) -> int:
     # Compilers print to stdout, which is for the result.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    devices = {target: _device(target) for target in targets}
+    devices = {target: topologies.devices(TOPOLOGIES[target])[0] for target in targets}
     result: dict = {"compiler": _compiler(platform)}
     dumps = Path(os.environ.get("MOSAIC_GPU_DUMP_TO") or tempfile.mkdtemp())
     for target, device in devices.items():
