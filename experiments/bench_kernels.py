@@ -25,7 +25,7 @@ from dsjax.errors import InputError
 from experiments import command
 from experiments.kernels import figures
 
-PARTS = ("product", "weight_gradient", "grouped", "quantize")
+PARTS = ("product", "weight_gradient", "grouped", "quantize", "decode", "attention")
 
 FLAGS = command.define_flags(default_preset=None, default_workdir=None)
 flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure.", flag_values=FLAGS)

@@ -13,6 +13,7 @@ from dsjax.errors import InputError
 from dsjax.infer.generate import decode, generate, prepare, run
 from dsjax.infer.sampler import Sampling, sample
 from dsjax.model.cache import contiguous_table, empty_entries
+from dsjax.model.mla import MultiHeadLatentAttention
 from dsjax.model.transformer import build, merge, split
 from dsjax.overrides import override
 from dsjax.presets import preset
@@ -283,9 +284,14 @@ def test_a_handful_of_programs_serves_many_calls(nano, prompts):
     assert run._cache_size() == 2
 
 
-@pytest.mark.parametrize("chunk", [64, 40])
-def test_a_prompt_in_pieces_says_what_it_says_whole(nano, prompts, greedy, chunk):
+@pytest.mark.parametrize(("chunk", "form"), [(64, "absorbed"), (40, "absorbed"), (40, "expanded")])
+def test_a_prompt_in_pieces_says_what_it_says_whole(
+    nano, prompts, greedy, chunk, form, monkeypatch
+):
     """Pieces of whole pages and of other lengths, with prompts that end in each of them."""
+    from_ = 0 if form == "expanded" else float("inf")
+    monkeypatch.setattr(MultiHeadLatentAttention, "_worth_expanding", from_)
+    run.clear_cache()
     result = speak(nano, prompts, infer=InferConfig(prefill_chunk=chunk))
     np.testing.assert_array_equal(result.tokens_BG, greedy.tokens_BG)
     drawn = {"temperature": 1.0, "seed": 5}
@@ -293,6 +299,15 @@ def test_a_prompt_in_pieces_says_what_it_says_whole(nano, prompts, greedy, chunk
     wanted = speak(nano, prompts, **drawn)
     np.testing.assert_array_equal(result.tokens_BG, wanted.tokens_BG)
     np.testing.assert_allclose(result.log_probs_BG, wanted.log_probs_BG, atol=1e-4)
+    run.clear_cache()
+
+
+def test_a_form_is_chosen_by_its_operations():
+    """In V3 from 171 positions: C (P + H) over (2 C + R) - (A + H)."""
+    config = preset("deepseek_v3")
+    model = jax.eval_shape(build(config), jax.random.key(0))
+    attention = model.stacks["moe"][0].attention
+    assert attention._worth_expanding == pytest.approx(512 * 256 / (1088 - 320))
 
 
 def test_an_fp8_cache_is_near(nano, prompts, forward):

@@ -250,8 +250,8 @@ def prefill(
         length_B: int32 tokens of each, at least 1.
         entries: the cache's arrays.
         table_BX: their pages.
-        chunk: positions that run at a time; None for all. The first ones attend to each other in
-            the expanded form, later ones to the cache: in FP8, to what was rounded.
+        chunk: positions that run at a time; None for all. Later ones attend to the cache, in the
+            form that takes fewer operations; where it is in FP8, to what was rounded.
 
     Returns:
         (hidden_BD of each prompt's last token, the cache's arrays).
@@ -284,6 +284,7 @@ def _piece(model, tokens_BT, first, length_B, entries, table_BX, *, fresh):
     cached_B = jnp.minimum(length_B, first)
     new_B = jnp.clip(length_B - first, 0, width)
     pages, positions_BT = advance(table_BX, cached_B, new_B, width, axes)
+    pages = dataclasses.replace(pages, first_row=jnp.asarray(first, jnp.int32))
     output = model(
         tokens_BT,
         positions_BT=positions_BT,

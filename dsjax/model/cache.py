@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import AttentionConfig, CacheKind, MlaConfig, ModelConfig
 from dsjax.errors import InputError
-from pallas_kernels.latents import Fp8Latents, round_latents
+from pallas_kernels.latents import Fp8Latents, read_pages, round_latents
 from pallas_kernels.mla_decode import sequence_part
 from pallas_kernels.tiled import tiles
 from sharding import island
@@ -55,6 +55,8 @@ class Pages:
         slot_BT: int32 place of each new position, page * S + offset; -1 writes nothing.
         seen_BT: int32 the last of the positions cached here that each new one attends to, counted
             as they lie here; -1 for none.
+        first_row: int32 scalar where the new positions of every sequence that has any begin at one
+            place, a multiple of T: in the pieces of a prefill. None where that is not known.
         axes: static; the mesh axes over which pages of a sequence lie.
     """
 
@@ -62,6 +64,7 @@ class Pages:
     length_B: Array
     slot_BT: Array
     seen_BT: Array
+    first_row: Array | None = None
     axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
@@ -181,7 +184,7 @@ def advance(
     if parts > 1:
         length_B = sequence_part(length_B, part, parts, PAGE_SIZE)
         seen_BT = sequence_part(position_BT + 1, part, parts, PAGE_SIZE) - 1
-    return Pages(table_BX, length_B, slot_BT, seen_BT, axes), position_BT
+    return Pages(table_BX, length_B, slot_BT, seen_BT, axes=axes), position_BT
 
 
 def write(
@@ -221,3 +224,16 @@ def write_latents(
         scale_LXcS,
         write(entries.rope_LXSR, layer, rope, slot_BT),
     )
+
+
+def read_rows(
+    entries: Array | Fp8Latents, layer: Int[Array, ""], pages: Pages, dtype: Any
+) -> Float[Array, "B S Z"]:
+    """The latents of one layer of all positions that the table has room for, in their order.
+
+    What lies over several devices is brought together. Past a sequence's length there is anything.
+    """
+    found = read_pages(entries, layer, pages.table_BX, dtype)
+    if axes := island.inside(pages.axes):  # page i of part d is page i * parts + d
+        found = jax.lax.all_gather(found, axes, axis=2)
+    return found.reshape(found.shape[0], -1, found.shape[-1])

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsjax.config import MlaConfig
 from dsjax.model import fp8, rope
-from dsjax.model.cache import Pages, write_latents
+from dsjax.model.cache import Pages, read_rows, write_latents
 from dsjax.model.layers import (
     Normed,
     contract,
@@ -30,6 +30,7 @@ from dsjax.model.layers import (
 from dsjax.model.row import Row, attend
 from dsjax.precision import Precision
 from pallas_kernels.latents import Latents
+from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.mla_decode import mla_decode
 from sharding import island
 from sharding.rules import AxisRules
@@ -104,13 +105,32 @@ class MultiHeadLatentAttention(nnx.Module):
         if fresh:
             out_BTNH = self._expanded(q_nope_BTNP, q_rope_BTNR, new_BTZ, where)
         else:
-            out_BTNH = self._absorbed(q_nope_BTNP, q_rope_BTNR, entries, layer, pages)
+            assert pages is not None
+            many = q_nope_BTNP.shape[1] > self._worth_expanding
+            arguments = q_nope_BTNP, q_rope_BTNR, entries, layer, pages
+            if many and pages.first_row is not None:
+                out_BTNH = self._continued(*arguments, where)
+            else:
+                out_BTNH = self._absorbed(*arguments)
         out_BTD = self._linear(out_BTNH, self.w_o_NHD, "btnh,nhd->btd", fp8.CROSSING)
         return island.leave(out_BTD, self.rules.of("act_heads"), self.rules), entries
 
     @property
     def _scale(self) -> float:
         return rope.softmax_scale(self.config.head_dim, self.config.rope.yarn)
+
+    @property
+    def _worth_expanding(self) -> float:
+        """New positions from which the expanded form takes fewer operations than the absorbed one.
+
+        A key costs C * Y a head to expand, and a pair of a query and a key A + H then, 2 C + R
+        absorbed; in V3 171 queries make up for it.
+        """
+        config = self.config
+        expand = config.kv_latent_dim * (config.nope_dim + config.value_dim)
+        absorbed = config.kv_latent_dim + config.cache_dim
+        spared = absorbed - config.head_dim - config.value_dim
+        return expand / spared if spared > 0 else float("inf")
 
     def _linear(self, x, variable, spec, how=None):
         return contract(x, variable, spec, rules=self.rules, precision=self.precision, how=how)
@@ -151,23 +171,41 @@ class MultiHeadLatentAttention(nnx.Module):
         return jnp.concatenate([latent_BTC, rope.rotate(key_BTR, turn)], axis=-1)
 
     def _expanded(self, q_nope_BTNP, q_rope_BTNR, entries_BTZ, where):
-        """Keys and values of every head from the latent (V2 report, equations 10-11, 17 and 18).
+        """Attention within the row; of one that devices share the latents travel, Z a token."""
+        k_BSNA, v_BSNH = self._keys_values(island.whole_row(entries_BTZ, self.rules))
+        q_BTNA = jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1)
+        return attend(
+            q_BTNA, k_BSNA, v_BSNH, where, self._scale, self.rules, self.precision.attention_kept
+        )
 
-        Of a row that several devices share, what travels is the latent, Z numbers a token.
-        """
+    def _continued(self, q_nope_BTNP, q_rope_BTNR, latent_LXSZ, layer, pages, where):
+        """Many new positions after cached ones: all that is cached is expanded again."""
+        t = q_nope_BTNP.shape[1]
+        entries_BSZ = read_rows(latent_LXSZ, layer, pages, q_nope_BTNP.dtype)
+        entries_BSZ = jnp.pad(entries_BSZ, ((0, 0), (0, -entries_BSZ.shape[1] % t), (0, 0)))
+        k_BSNA, v_BSNH = self._keys_values(entries_BSZ)
+        position_S = jnp.arange(entries_BSZ.shape[1], dtype=jnp.int32)
+        last_B1 = jnp.max(where.positions_BT, axis=1, keepdims=True)
+        return mla_attention(
+            jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1),
+            k_BSNA,
+            v_BSNH,
+            (position_S <= last_B1).astype(jnp.int32),
+            jnp.broadcast_to(position_S, entries_BSZ.shape[:2]),
+            self._scale,
+            first_row=pages.first_row,
+        )
+
+    def _keys_values(self, entries_BSZ):
+        """Of every head, from the latent (V2 report, equations 10-11, 17 and 18)."""
         config = self.config
-        entries_BSZ = island.whole_row(entries_BTZ, self.rules)
         latent_BSC, key_BSR = jnp.split(entries_BSZ, [config.kv_latent_dim], axis=-1)
         kv_BSNY = self._linear(latent_BSC, self.w_ukv_CNY, "btc,cny->btny")
         k_nope_BSNP, v_BSNH = jnp.split(kv_BSNY, [config.nope_dim], axis=-1)
         k_rope_BSNR = jnp.broadcast_to(
             key_BSR[:, :, None], (*k_nope_BSNP.shape[:3], key_BSR.shape[-1])
         )
-        q_BTNA = jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1)
-        k_BSNA = jnp.concatenate([k_nope_BSNP, k_rope_BSNR], axis=-1)
-        return attend(
-            q_BTNA, k_BSNA, v_BSNH, where, self._scale, self.rules, self.precision.attention_kept
-        )
+        return jnp.concatenate([k_nope_BSNP, k_rope_BSNR], axis=-1), v_BSNH
 
     def _absorbed(self, q_nope_BTNP, q_rope_BTNR, latent_LXSZ, layer, pages):
         """W^UK taken into the query, W^UV after the sum: multi-query attention over the latent.

@@ -31,6 +31,7 @@ FEWER = ("v5p", "v6e")  # one call of each op; tpu7x, which multiplies FP8, has 
 # Where no kernel is: what XLA makes of the plain form for an H100, one of a kind.
 PLAIN = (
     *("fp8_matmul 4096x4096x7168", "quantize_both 4096x7168"),
+    *("mla_decode 128x8192, 128 heads, 1 new", "mla_attention, both passes 1x4096"),
     *("grouped_matmul 8x4096, [X, 7168]", "grouped_fp8_matmul 8x4096, [X, 7168] by [E, 4096"),
 )
 

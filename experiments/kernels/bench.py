@@ -28,7 +28,11 @@ ROUGH_FLOPS, ROUGH_BYTES = 1e15, 3e12
 # How far a block may be off. Results are rounded to BF16 on each side, by 2^-9 at most. Tensor
 # cores keep some 14 bits of a sum of FP8 within 128: 2^-13. A BF16 hidden vector that is rounded
 # the other way moves a few FP8 numbers a step, of 2^-4. A scale left out is off by over a tenth.
-BOUNDS = {"bfloat16": 4e-3, "float32, of e4m3": 1e-3, "float32, of bf16": 1e-4, "quantized": 5e-3}
+# Attention rounds its weights, and backward what it multiplies again, to BF16 on each side.
+BOUNDS = {
+    **{"bfloat16": 4e-3, "float32, of e4m3": 1e-3, "float32, of bf16": 1e-4, "quantized": 5e-3},
+    **{"decode": 8e-3, "attention": 1.5e-2},
+}
 
 
 def run(
@@ -68,7 +72,8 @@ def _case(case: Case, key: jax.Array, peer: Callable[[dict], dict], smoke: bool)
         a_MK, b_NK = inputs[0]
         off = measure.sampled_error(a_MK, b_NK, wanted)
     by = {}
-    for name in filter(None, (kernel, plain)):
+    others = ["tokamax"] if case.part == "attention" and kernel == "hopper" else []
+    for name in filter(None, (kernel, plain, *others)):
         if off is not None and not off <= bound:
             by[name] = {"wrong": f"what it is held against is off float64 by {off:.2e}"}
         else:
@@ -108,6 +113,8 @@ def _ours(case: Case, name: str, inputs: list[tuple], wanted, bound: float, smok
 def _bound(case: Case, wanted) -> float:
     if case.part == "quantize":
         return BOUNDS["quantized"]
+    if case.part in BOUNDS:
+        return BOUNDS[case.part]
     dtype = str(wanted.dtype)
     return BOUNDS[dtype if dtype == "bfloat16" else f"{dtype}, of {case.multiplies}"]
 
@@ -178,6 +185,18 @@ def _xla_peers(case: Case) -> Iterator[tuple[str, Callable, Callable]]:
             lambda a, b: (a.q.astype(jnp.bfloat16), b.q.astype(jnp.bfloat16)),
         )
         yield "XLA fp8 dot, no scales", _fp8_product, lambda a, b: (a.q, b.q)
+    if case.op == "mla_attention":
+        yield (
+            "cuDNN through JAX, values padded",  # it takes none narrower than keys
+            lambda q, k, v: jax.nn.dot_product_attention(
+                q, k, v, scale=0.07, is_causal=True, implementation="cudnn"
+            ),
+            lambda q, k, v, *rest: (
+                q,
+                k,
+                jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[3] - v.shape[3])]),
+            ),
+        )
     if case.op == "grouped_matmul":
         experts, rows, *_ = case.sizes
         sizes_E = jnp.full((experts,), rows, jnp.int32)
@@ -206,6 +225,13 @@ def _torch_peers(case: Case) -> Iterator[tuple[str, dict]]:
         case "grouped_fp8_matmul":
             what = "grouped fp8 product, a scale a row"
             yield "torch _scaled_grouped_mm, a scale a row", {"what": what}
+        case "mla_decode":
+            yield "torch matmuls, no pages", {"what": "absorbed attention by matmuls"}
+            yield "torch SDPA, no pages", {"what": "absorbed attention by SDPA"}
+        case "mla_attention" | "mla_attention, both passes" if case.sizes[-1] == 1:
+            passes = ", both passes" if "both" in case.op else ""
+            for backend in ("flash", "cuDNN", "efficient", "its choice"):
+                yield f"torch SDPA, {backend}", {"what": f"attention by {backend}{passes}"}
 
 
 @contextlib.contextmanager

@@ -6,12 +6,14 @@ figures can be held against them. Knows nothing about compilers, devices or cloc
 M, N, K of a product, K contracted; E experts with X rows together, D and F the sizes of a weight.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from experiments.kernels.attention_cases import AttentionSizes, attention_cases
+from experiments.kernels.case import Case, normal
 from pallas_kernels import choose, quantize
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import (
@@ -21,8 +23,6 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
 )
 from pallas_kernels.tiled import Tiled
-
-Part = Literal["product", "weight_gradient", "grouped", "quantize"]
 
 
 class Sizes(NamedTuple):
@@ -36,6 +36,7 @@ class Sizes(NamedTuple):
         block: rows of a tile of `tile_expert`.
         matrix: rows and columns of what is quantised.
         hidden: rows and hidden width of a SwiGLU.
+        attention: of attention's ops.
     """
 
     products: tuple[tuple[int, int, int], ...]
@@ -45,6 +46,7 @@ class Sizes(NamedTuple):
     block: int
     matrix: tuple[int, int]
     hidden: tuple[int, int]
+    attention: AttentionSizes
 
 
 # N, K of V3's projections: into the latents, out of the query's, out of the key's and value's,
@@ -61,6 +63,7 @@ V3 = Sizes(
     block=128,
     matrix=(4096, 7168),
     hidden=(32768, 2048),
+    attention=AttentionSizes(),
 )
 SMOKE = Sizes(
     products=((128, 256, 384), (64, 192, 160)),
@@ -70,58 +73,21 @@ SMOKE = Sizes(
     block=128,
     matrix=(256, 384),
     hidden=(256, 128),
+    attention=AttentionSizes(
+        widths=(128, 64),
+        decodes=((2, 128), (1, 256)),
+        two_queries=((2, 128),),
+        fp8=((2, 128),),
+        heads=(2,),
+        sequences=((1, 256, 2, 1), (1, 256, 2, 2)),
+    ),
 )
-
-
-class Case(NamedTuple):
-    """One call of an op.
-
-    Attributes:
-        op: what is called, and how; the name of its rows in tables.
-        shape: its sizes, as a person reads them.
-        part: of the benchmark.
-        sizes: what a peer needs to make the same call.
-        package: of the op.
-        function: what an implementation's module has if it implements this.
-        make: a key to random arguments.
-        call: an implementation's name and the arguments to the result.
-        flops: floating-point operations.
-        multiplies: the type that tensor cores multiply; None where they have no part.
-        compiled: whether the table of resources has it; the others differ in a size that kernels
-            are not made for.
-    """
-
-    op: str
-    shape: str
-    part: Part
-    sizes: tuple[int, ...]
-    package: str
-    function: str
-    make: Callable[[jax.Array], tuple]
-    call: Callable[..., Any]
-    flops: float = 0.0
-    multiplies: Literal["e4m3", "bf16"] | None = None
-    compiled: bool = True
-
-    @property
-    def name(self) -> str:
-        """What it is called in tables and flags."""
-        return f"{self.op} {self.shape}"
-
-    def arguments(self) -> tuple:
-        """Shapes and dtypes of what `make` makes."""
-        return jax.eval_shape(lambda: self.make(jax.random.key(0)))
-
-    def least_bytes(self) -> int:
-        """Bytes of all arguments and results, each moved once."""
-        arguments = self.arguments()
-        result = jax.eval_shape(lambda *x: self.call("reference", *x), *arguments)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, result)))
 
 
 def cases(sizes: Sizes = V3) -> tuple[Case, ...]:
     """All of them."""
-    return (*_products(sizes), *_weight_gradients(sizes), *_grouped(sizes), *_quantized(sizes))
+    products = *_products(sizes), *_weight_gradients(sizes), *_grouped(sizes)
+    return *products, *_quantized(sizes), *attention_cases(sizes.attention)
 
 
 # ---- products of two matrices -------------------------------------------------------------------
@@ -163,21 +129,11 @@ def _weight_gradients(sizes: Sizes) -> Iterator[Case]:
 
 def _narrow(key, left, right, tile) -> tuple[Tiled, Tiled]:
     """Two random matrices in FP8, the second in another tile."""
-    (x,), (y,) = _normal(left)(key), _normal(right)(jax.random.fold_in(key, 1))
+    (x,), (y,) = normal(left)(key), normal(right)(jax.random.fold_in(key, 1))
     return (
         quantize.quantize(x, implementation="reference"),
         quantize.quantize(y, tile=tile, implementation="reference"),
     )
-
-
-def _normal(*shapes):
-    def make(key):
-        keys = jax.random.split(key, len(shapes))
-        return tuple(
-            jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)
-        )
-
-    return make
 
 
 # ---- grouped products ---------------------------------------------------------------------------
@@ -218,7 +174,7 @@ def _grouped_of(sizes: Sizes, experts: int, rows: int, d: int, f: int) -> Iterat
         "grouped_matmul",
         "product",
         f"[X, {d}] by [E, {d}, {f}]",
-        _normal((x, d), (experts, d, f)),
+        normal((x, d), (experts, d, f)),
         lambda name, x, w, tiles: grouped_matmul(x, w, tiles, implementation=name),
         "bf16",
     )
@@ -226,7 +182,7 @@ def _grouped_of(sizes: Sizes, experts: int, rows: int, d: int, f: int) -> Iterat
         "grouped_matmul, transposed",
         "product",
         f"[X, {f}] by [E, {d}, {f}]",
-        _normal((x, f), (experts, d, f)),
+        normal((x, f), (experts, d, f)),
         lambda name, dy, w, tiles: run("product", name, dy, w, tiles, transposed=True),
         "bf16",
     )
@@ -234,7 +190,7 @@ def _grouped_of(sizes: Sizes, experts: int, rows: int, d: int, f: int) -> Iterat
         "grouped_matmul, weight gradient",
         "weight_gradient",
         f"[X, {d}] by [X, {f}]",
-        _normal((x, d), (x, f)),
+        normal((x, d), (x, f)),
         lambda name, x, dy, tiles: run("weight_gradient", name, x, dy, tiles, experts),
         "bf16",
     )
@@ -279,7 +235,7 @@ def _quantized(sizes: Sizes) -> Iterator[Case]:
             call=call,
         )
 
-    plain = _normal((rows, width))
+    plain = normal((rows, width))
     transposed: dict[str, Any] = {"orientation": "transposed"}
     ways: dict[str, dict[str, Any]] = {
         "quantize, 1x128": {},
@@ -310,7 +266,7 @@ def _quantized(sizes: Sizes) -> Iterator[Case]:
             "swiglu_quantize",
             gate_up,
             lambda key: (
-                *_normal((tokens, 2 * hidden))(key),
+                *normal((tokens, 2 * hidden))(key),
                 jax.random.uniform(key, (tokens,), jnp.float32),
             ),
             lambda name, x, gates, how=how: quantize.swiglu_quantize(

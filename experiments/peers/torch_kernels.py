@@ -7,6 +7,7 @@ each call of a round has inputs of its own, and a round is one CUDA graph, launc
 Without CUDA it computes on the CPU, to test the script.
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -15,6 +16,7 @@ import time
 try:
     import torch
     import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError as error:
     torch, MISSING = None, str(error)
 
@@ -46,7 +48,7 @@ def respond(request):
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
     make, call, check = PEERS[request["what"]]
-    with torch.inference_mode(), torch.device(device):
+    with torch.no_grad(), torch.device(device):
         inputs = [make(*request["sizes"]) for _ in range(request["calls"])]
         error = None if check is None else off_by(call(*inputs[0]), check(*inputs[0]))
         if error is not None and not error < 0.02:  # BF16 and FP8 sums; a wrong layout gives 1
@@ -208,6 +210,85 @@ def grouped_fp8(experts, rows, k, n):
     return x, w, x_scale, w_scale, grouped(experts, rows)
 
 
+def absorbed(b, s, n, t, c, r):
+    """Queries of all heads over latents without pages; the values are the first C of them."""
+    return normal(b, n, t, c + r), normal(b, 1, s, c + r), c
+
+
+def absorbed_by_matmuls(q, latents, c):
+    """Two products of cuBLAS and a softmax between them; all queries see all keys but the last."""
+    b, n, t, z = q.shape
+    scores = q.reshape(b, n * t, z) @ latents[:, 0].transpose(1, 2) * 0.1
+    scores = scores.reshape(b, n, t, -1) + hidden(t, latents)
+    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
+    return (weights.reshape(b, n * t, -1) @ latents[:, 0, :, :c]).reshape(b, n, t, c)
+
+
+def hidden(t, latents):
+    """Minus infinity where a key comes after the query."""
+    s = latents.shape[2]
+    late = torch.arange(s)[None] > torch.arange(s - t, s)[:, None]
+    return torch.zeros(t, s, dtype=latents.dtype).masked_fill(late, -torch.inf)
+
+
+def absorbed_by_sdpa(q, latents, c):
+    """Whichever kernel torch takes for keys of 576 and values of 512."""
+    keys = latents.expand(-1, q.shape[1], -1, -1)
+    mask = hidden(q.shape[2], latents) if q.shape[2] > 1 else None
+    return F.scaled_dot_product_attention(q, keys, keys[..., :c], mask, scale=0.1)
+
+
+def absorbed_check(q, latents, c):
+    """The same in float32."""
+    return absorbed_by_matmuls(q.float(), latents.float(), c)
+
+
+def sequences(b, s, n, a, h, documents):
+    """Queries, keys, values and the gradient of the result, heads first; one document a row."""
+    assert documents == 1
+    return normal(b, n, s, a), normal(b, n, s, a), normal(b, n, s, h), normal(b, n, s, h)
+
+
+def attention(backend):
+    """Causal attention by one of torch's kernels."""
+
+    def call(q, k, v, d_out):
+        del d_out
+        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.07)
+
+    return call
+
+
+def attention_both(backend):
+    """And its gradients."""
+    forward = attention(backend)
+
+    def call(q, k, v, d_out):
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            return torch.autograd.grad(forward(q, k, v, d_out), (q, k, v), d_out)
+
+    return call
+
+
+def attention_peers():
+    """By their names; none where torch is too old to choose."""
+    if torch is None:
+        return {}
+    kernels = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "its choice": None,
+    }
+    found = {}
+    for name, backend in kernels.items():
+        found[f"attention by {name}"] = (sequences, attention(backend), None)
+        found[f"attention by {name}, both passes"] = (sequences, attention_both(backend), None)
+    return found
+
+
 # what is asked: (sizes to arguments, arguments to the result, arguments to the float32 result)
 PEERS = {
     "copy": (lambda count: (normal(count // 2),), lambda x: x.clone(), None),
@@ -259,6 +340,9 @@ PEERS = {
             x.float() * x_scale[:, None], (w.float() * w_scale[..., None]).transpose(1, 2), ends
         ),
     ),
+    "absorbed attention by matmuls": (absorbed, absorbed_by_matmuls, absorbed_check),
+    "absorbed attention by SDPA": (absorbed, absorbed_by_sdpa, absorbed_check),
+    **attention_peers(),
 }
 
 
