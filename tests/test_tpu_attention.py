@@ -24,7 +24,8 @@ from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.mla_decode import tpu as decode_tpu
 
 FLOAT32 = 2e-6  # rounding of float32 sums in another order, as a relative norm
-BFLOAT16 = 6e-3  # weights and results rounded to bfloat16 on another side of a division
+BFLOAT16 = 5e-3  # weights and results rounded to bfloat16 on another side of a division
+GRADIENTS = 8e-3  # likewise, and the scaled queries are rounded; the plain form differs as much
 RACE = "RACE DETECTED"  # what the interpreter prints
 SCALE = 0.2
 
@@ -34,7 +35,11 @@ def on_tpu(cores=1):
     """Traces for a chip that is not there, of one core or of two that are one device."""
     device = jax.sharding.AbstractDevice("TPU v5" if cores > 1 else "TPU7x", cores, "tpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+    # A clock for (nearly) every copy under way: with the one that there is otherwise, a copy that
+    # overtakes a read is taken for one that came before.
+    params = pltpu.InterpretParams(
+        detect_races=True, num_cores_or_threads=cores, vector_clock_size=64
+    )
     with jax.sharding.use_abstract_mesh(mesh), pltpu.force_tpu_interpret_mode(params):
         yield
 
@@ -110,7 +115,14 @@ def decode_both(shape, q, cache, table, lengths, positions, cores=1):
 
 
 @pytest.mark.parametrize("cores", [1, pytest.param(2, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("shape", [*decode_shapes.SHAPES, LONG])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(decode_shapes.SHAPES[0], marks=pytest.mark.nightly),
+        *decode_shapes.SHAPES[1:],
+        LONG,
+    ],
+)
 def test_mla_decode(shape, cores):
     (out, lse), (wanted, wanted_lse) = decode_both(shape, *decode_case(shape), cores)
     assert_near(out, wanted)
@@ -128,8 +140,15 @@ def test_mla_decode_of_a_chunk(monkeypatch, cores):
     np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", FP8_SHAPES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (FP8_SHAPES[1], jnp.float32),
+        (FP8_SHAPES[0], jnp.bfloat16),
+        pytest.param(FP8_SHAPES[0], jnp.float32, marks=pytest.mark.nightly),
+        pytest.param(FP8_SHAPES[1], jnp.bfloat16, marks=pytest.mark.nightly),
+    ],
+)
 def test_mla_decode_of_fp8_latents(shape, dtype):
     q, cache, *pages = decode_case(shape, dtype)
     cache = narrow(cache, shape.c)
@@ -150,7 +169,7 @@ def test_a_query_that_sees_nothing_gives_zero():
     np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 400), min_size=1, max_size=3),
     t=st.integers(1, 3),
@@ -178,7 +197,7 @@ def copied(monkeypatch):
     return sizes
 
 
-@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("cores", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_only_pages_in_use_are_copied(copied, cores):
     shape = LONG
     q, cache, *pages = decode_case(shape, jnp.bfloat16)
@@ -270,7 +289,7 @@ ATTENTION = (
         for shape in (attention_shapes.SHAPES[0], *attention_shapes.SHAPES[2:])
     ),
     # Three tiles: a document over all of them, one inside, and a row of one tile's padding.
-    attention_shapes.Shape(2, 300, 4, 24, 16, (140, 20, 30), 2),
+    attention_shapes.Shape(2, 300, 2, 24, 16, (140, 20, 30), 1),
 )
 
 
@@ -295,7 +314,7 @@ def test_mla_attention_in_bfloat16():
     with on_tpu():
         got = attention_and_gradients(*case, "tpu")
     for a, b in zip(got, attention_and_gradients(*case, "reference"), strict=True):
-        assert_near(a, b, 2 * BFLOAT16)
+        assert_near(a, b, GRADIENTS)
 
 
 @pytest.mark.parametrize("first_row", [150, pytest.param(0, marks=pytest.mark.nightly)])
@@ -317,28 +336,22 @@ def test_mla_attention_of_some_of_the_rows(small_tiles, first_row):
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 300), max_size=6),
-    padding=st.integers(0, 200),
-    parts=st.sampled_from([1, 2]),
+    first_row=st.sampled_from([None, 0, 350]),
 )
-def test_tiles_that_are_visited_are_those_with_a_pair_that_counts(lengths, padding, parts):
-    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    segments = np.pad(segments, (0, padding + (len(segments) + padding) % 2 + 2))
-    count = len(segments) // parts
-    for first_row in range(0, len(segments), count):
-        table = attention_tpu._table(
-            jnp.asarray(segments, jnp.int32),
-            None if parts == 1 else jnp.int32(first_row),
-            (count, len(segments)),
-            (128, 128),
-        )
-        row = np.arange(len(segments))
-        seen = (segments[:, None] == segments) & (segments != 0) & (row[:, None] >= row)
-        seen = seen[first_row : first_row + count]
-        seen = np.pad(seen, [(0, -size % 128) for size in seen.shape])
-        wanted = seen.reshape(seen.shape[0] // 128, 128, -1, 128).any(axis=(1, 3))
-        key = np.arange(wanted.shape[1])
-        first, last = np.asarray(table.first_t)[:, None], np.asarray(table.last_t)[:, None]
-        np.testing.assert_array_equal((first <= key) & (key <= last), wanted)
+def test_tiles_that_are_visited_are_those_with_a_pair_that_counts(lengths, first_row):
+    rows = 700
+    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)[:rows]
+    segments = np.pad(segments, (0, rows - len(segments)))
+    queries = slice(0, rows) if first_row is None else slice(first_row, first_row + 350)
+    count = queries.stop - queries.start
+    table = attention_tpu._table(jnp.asarray(segments), first_row, (count, rows), (128, 128))
+    row = np.arange(rows)
+    seen = (segments[:, None] == segments) & (segments != 0) & (row[:, None] >= row)
+    seen = np.pad(seen[queries], [(0, -count % 128), (0, -rows % 128)])
+    wanted = seen.reshape(seen.shape[0] // 128, 128, -1, 128).any(axis=(1, 3))
+    key = np.arange(wanted.shape[1])
+    first, last = np.asarray(table.first_t)[:, None], np.asarray(table.last_t)[:, None]
+    np.testing.assert_array_equal((first <= key) & (key <= last), wanted)
 
 
 def test_what_attention_does_not_take_is_refused():

@@ -34,7 +34,10 @@ CHIPS = ("TPU7x", "TPU v6 lite")  # one multiplies FP8, the other bfloat16
 @contextlib.contextmanager
 def on_tpu(chip="TPU7x", cores=1):
     """Traces for a chip that is not there, and interprets."""
-    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+    # Copies that share a clock look ordered, and a race between them is missed.
+    params = pltpu.InterpretParams(
+        detect_races=True, num_cores_or_threads=cores, vector_clock_size=64
+    )
     with traced_for(chip), pltpu.force_tpu_interpret_mode(params):
         yield
 
