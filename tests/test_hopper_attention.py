@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.choose import Uncovered
-from pallas_kernels.hopper import compat, interpreter
+from pallas_kernels.hopper import compat
 from pallas_kernels.mla_attention import (
     hopper,
     hopper_forward,
@@ -54,7 +54,7 @@ def relative(got, wanted):
 
 
 def interpret(function, *arguments, detect_races=False):
-    with compat.interpreted(detect_races=detect_races), interpreter.wgmma_by_loads():
+    with compat.interpreted(detect_races=detect_races):
         return jax.block_until_ready(function(*arguments))
 
 
@@ -234,7 +234,8 @@ def test_a_stage_that_is_filled_too_early_is_found(monkeypatch):
             load(*arguments)
 
     monkeypatch.setattr(hopper_ring, "load", careless)
-    with pytest.raises(Exception, match="no threads observed phase"):
+    # Which it is depends on whether the copy or its reader sees it first.
+    with pytest.raises(Exception, match=r"no threads observed phase|is already at phase"):
         gradients_race(GRADIENTS_OF[0])
 
 

@@ -295,5 +295,6 @@ def test_a_stage_that_is_filled_too_early_is_caught(monkeypatch):
             load(self, at)
 
     monkeypatch.setattr(hopper_kernel.Decode, "load", careless)
-    with pytest.raises(Exception, match="no threads observed phase"):
+    # Which it is depends on whether the copy or its reader sees it first.
+    with pytest.raises(Exception, match=r"no threads observed phase|is already at phase"):
         races()

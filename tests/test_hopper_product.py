@@ -238,7 +238,8 @@ def test_a_stage_that_is_filled_too_early_races(monkeypatch):
             load(self, at)
 
     monkeypatch.setattr(product_kernel.Product, "load", careless)
-    with pytest.raises(Exception, match="no threads observed phase"):
+    # Which it is depends on whether the copy or its reader sees it first.
+    with pytest.raises(Exception, match=r"no threads observed phase|is already at phase"):
         races()
 
 

@@ -5,17 +5,13 @@ Written for jax 0.11.2. Knows nothing about kernels.
 
 import contextlib
 from collections.abc import Iterator
+from unittest import mock
 
 import jax
-from jax._src.pallas.mosaic_gpu import core, primitives
-from jax._src.pallas.mosaic_gpu.interpret import (
-    gpu_callbacks,
-    interpret_pallas_call,
-    race_detection_state,
-)
+import numpy as np
+from jax._src.pallas.mosaic_gpu import primitives
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret import params as interpret_params
-from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
-from jax._src.state.primitives import ref_set
 
 SMS = 132  # of an H100 or H200 SXM
 # Copies that share a clock look ordered to the race detector, and a race between them is missed.
@@ -47,8 +43,8 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
     try:
         with (
             interpret_params.force_gpu_interpret_mode(params),
-            _accumulators_written(),
-            _operands_checked(),
+            mock.patch.object(gpu_callbacks, "wgmma", _multiply),
+            mock.patch.object(primitives, "wgmma_accumulator_store", _store),
         ):
             yield
     except Exception:
@@ -57,61 +53,61 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _accumulators_written() -> Iterator[None]:
-    """Within it, `accumulator[...] = x` is a store that the interpreter knows."""
-    registers = memory.get_memory_space_idx(core.MemorySpace.REGS)
-    check = race_detection_state.GPURaceDetectionState.check_write
-
-    def check_others(self, thread, clock, key, *arguments, **keywords):
-        if key.memory_space_id != registers:  # which are a thread's own
-            check(self, thread, clock, key, *arguments, **keywords)
-
-    with (
-        _instead(primitives, "wgmma_accumulator_store", lambda ref, x: ref_set(ref, (), x)),
-        _instead(race_detection_state.GPURaceDetectionState, "check_write", check_others),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _operands_checked() -> Iterator[None]:
-    """Within it, races are looked for between products, which read shared memory, and writes."""
-    multiply = gpu_callbacks.wgmma
-
-    def checked(*, thread, **keywords):
-        shared = gpu_callbacks._get_shared_memory()
-        if shared.detect_races:
-            # A product has a clock of its own, as a copy has. It sees what was committed, and who
-            # waits for its warpgroup comes after it.
-            with shared.lock:
-                clock = shared.clocks[thread]
-                clock.inc(shared.vector_clock_size - 1 - shared.thread_to_vc_position(thread))
-                clock = clock.async_smem_clock.copy()
-            for name in ("a", "b"):
-                key = keywords[f"{name}_allocation_key_as_array"]
-                key = gpu_callbacks.HostAllocationKey.from_array(key)
-                there = gpu_callbacks._remove_noop_transforms(keywords[f"{name}_transforms"])
-                access = shared.access(key, jax.tree.map(int, there))
-                source = keywords["source_info"]
-                races = gpu_callbacks.get_races()
-                races.check_read(thread, clock, key, access, source_info=source)
-        return multiply(thread=thread, **keywords)
-
-    with _instead(gpu_callbacks, "wgmma", checked):
-        yield
-
-
-@contextlib.contextmanager
-def _instead(owner: object, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def races_found() -> bool:
     """Whether the kernel interpreted last, with `detect_races`, had races."""
     return interpret_pallas_call.get_races().races_found
+
+
+def _store(accumulator, value) -> None:
+    """`accumulator[...] = value`, which jax does not interpret, as what `_multiply` takes for it.
+
+    That is a product by the accumulator itself, which is none that a kernel can ask for.
+    """
+    trees = dict.fromkeys(("acc_transforms_tree", "a_transforms_tree", "b_transforms_tree"))
+    primitives.wgmma_ref_p.bind(accumulator, value, accumulator, **trees)
+
+
+@gpu_callbacks.fail_on_exception
+def _multiply(*, token, thread, source_info, **operands):
+    """A WGMMA as jax interprets it, and what is lacking there.
+
+    Also interpreted are a left operand from registers and `_store`, and races are looked for
+    between products, which read shared memory, and writes.
+    """
+    shared = gpu_callbacks._get_shared_memory()
+    with shared.lock:
+        # A product has a clock of its own, as a copy has: that of a warp, for warps are not
+        # interpreted beside their warpgroup. It sees what was committed, and who waits for its
+        # warpgroup comes after it.
+        clock = shared.clocks[thread]
+        clock.inc(shared.thread_to_vc_position(thread.warp(0)))
+        clock = clock.async_smem_clock.copy()
+
+    def locate(name):
+        key = operands[f"{name}_allocation_key_as_array"]
+        key = gpu_callbacks.HostAllocationKey.from_array(key)
+        transforms = gpu_callbacks._remove_noop_transforms(operands[f"{name}_transforms"])
+        return key, shared.access(key, jax.tree.map(int, transforms))
+
+    def load(place):
+        numbers, *_ = shared.get_buffer_content(*place, thread)
+        assert numbers is not None  # it is where all of it is out of bounds
+        return numbers
+
+    def operand(name):
+        given = operands[f"{name}_allocation_key_as_array"]
+        if given.ndim == 2:  # numbers, rather than the key of a buffer
+            return np.asarray(given)
+        place = locate(name)
+        if shared.detect_races:
+            gpu_callbacks.get_races().check_read(thread, clock, *place, source_info=source_info)
+        return load(place)
+
+    sums = locate("acc")
+    if locate("b") == sums:
+        result = operand("a")
+    else:
+        before = load(sums)
+        result = before + np.matmul(operand("a"), operand("b"), dtype=before.dtype)
+    shared.store_buffer_content(*sums, result, thread)
+    return token
