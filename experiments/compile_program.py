@@ -127,9 +127,14 @@ def main() -> int:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.load(sys.stdin)
-    devices = topologies.devices(request["topology"])
     try:
+        devices = topologies.devices(request["topology"])
         config = from_json(Config, request["config"])
+        if config.mesh.num_devices != len(devices):
+            raise InputError(
+                f"the mesh has {config.mesh.num_devices} devices, {request['topology']} has "
+                f"{len(devices)}"
+            )
         found = _compile(request, config, make_mesh(MeshShape(**config.mesh.axes), devices))
     except (InputError, LayoutError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)

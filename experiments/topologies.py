@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import jax
 from jax.experimental import topologies
 
 from dsjax.errors import InputError
@@ -25,7 +26,7 @@ def environment(topology: str, aot: str | os.PathLike = AOT) -> dict[str, str]:
         InputError: for an unknown kind of device, or where there are no compilers.
     """
     kind = kind_of(topology)
-    if not Path(aot).is_dir():
+    if not (Path(aot) / ".stamp").exists():
         raise InputError(f"no compilers at {aot}; `make aot` installs them")
     return os.environ | {
         "PATH": f"{aot}/nvidia/cu13/bin{os.pathsep}{os.environ.get('PATH', '')}",
@@ -49,17 +50,25 @@ def kind_of(topology: str) -> str:
         InputError: for another.
     """
     kind, _, shape = topology.partition(":")
-    if kind not in ("h100", *TPUS) or not re.fullmatch(r"\d+(x\d+)+", shape):
+    numbers = r"\d+x\d+" if kind == "h100" else r"\d+(x\d+)+"
+    if kind not in ("h100", *TPUS) or not re.fullmatch(numbers, shape):
         known = "h100:NODESxDEVICES, v5p:4x4x8, tpu7x:2x2x1, v5e:4x4 or v6e:2x4, and their like"
         raise InputError(f"unknown topology '{topology}'; known: {known}")
     return kind
 
 
 def devices(topology: str) -> list:
-    """Of a topology, in such a process; of GPUs before JAX has done anything else in it."""
+    """Of a topology, in such a process; of GPUs before JAX has done anything else in it.
+
+    Raises:
+        InputError: for an unknown one.
+    """
     kind = kind_of(topology)
     if kind != "h100":
-        return list(topologies.get_topology_desc(topology, "tpu").devices)
+        try:
+            return list(topologies.get_topology_desc(topology, "tpu").devices)
+        except jax.errors.JaxRuntimeError as error:
+            raise InputError(f"no topology '{topology}': {error}") from error
     nodes, each = topology.partition(":")[2].split("x")
     told = {"target_config": H100.read_text(encoding="utf-8"), "topology": f"{nodes}x{each}x1"}
     return list(topologies.get_topology_desc("", "cuda", **told).devices)

@@ -90,6 +90,14 @@ class AxisRules:
     # keeps for it: neither whole weights nor the rows of its experts.
     recomputed: bool = False
 
+    def __post_init__(self):
+        pages, batch = self.of("pages"), self.of("batch")
+        if len(set(pages)) < len(pages) or set(pages) & set(batch):
+            raise LayoutError(
+                f"pages of a sequence over {pages} and sequences over {batch}: an axis cuts one of "
+                "them, once"
+            )
+
     def of(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes of a logical axis, the outermost first.
 

@@ -23,12 +23,13 @@ from jax.sharding import PartitionSpec as P
 
 import dsjax
 import pallas_kernels.fp8_linear
-from dsjax.config import BlockConfig, Config, MeshConfig
+from dsjax.config import BlockConfig, Config, InferConfig, MeshConfig
 from dsjax.errors import InputError
 from dsjax.infer.generate import generate, prepare
 from dsjax.infer.sampler import Sampling
 from dsjax.meshes import check_training, rules_of, spread_of
 from dsjax.model import fp8
+from dsjax.model.mla import MultiHeadLatentAttention
 from dsjax.model.transformer import build, merge, split
 from dsjax.overrides import override
 from dsjax.plan.collectives import inner_jaxprs
@@ -814,6 +815,22 @@ def test_decoding_rounds_less(talker):
     assert full.min() < -1.0  # not all certain
     off = np.linalg.norm(result.log_probs_BG - full)
     assert 0 < off < np.linalg.norm(rounding)
+
+
+def test_a_prefill_in_pieces_rounds_what_a_whole_one_does(talker, monkeypatch):
+    """Where pieces are expanded; the first token is drawn of what they give."""
+    monkeypatch.setattr(MultiHeadLatentAttention, "_worth_expanding", 0)
+    whole, pieces = (
+        generate(
+            *(anew(talker)._by_row, talker.params, talker.bias, PROMPTS),
+            **{"max_tokens": 1, "allowed": ALLOWED, "seed": 0},
+            sampling=Sampling(temperature=1.0),
+            infer=InferConfig(prefill_chunk=chunk),
+        )
+        for chunk in (None, 16)
+    )
+    np.testing.assert_array_equal(pieces.tokens_BG, whole.tokens_BG)
+    np.testing.assert_allclose(pieces.log_probs_BG, whole.log_probs_BG, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import pytest
 
 from dsjax.config import InferConfig
 from dsjax.errors import InputError
-from dsjax.infer.generate import decode, generate, prepare, run
+from dsjax.infer.generate import decode, generate, prefill, prepare, run
 from dsjax.infer.sampler import Sampling, sample
-from dsjax.model.cache import contiguous_table, empty_entries
+from dsjax.model.cache import _write_by_page, contiguous_table, empty_entries, write
 from dsjax.model.mla import MultiHeadLatentAttention
 from dsjax.model.transformer import build, merge, split
 from dsjax.overrides import override
@@ -300,6 +300,40 @@ def test_a_prompt_in_pieces_says_what_it_says_whole(
     np.testing.assert_array_equal(result.tokens_BG, wanted.tokens_BG)
     np.testing.assert_allclose(result.log_probs_BG, wanted.log_probs_BG, atol=1e-4)
     run.clear_cache()
+
+
+def test_pieces_do_not_see_what_lies_past_a_length(nano, monkeypatch):
+    """Pages that no sequence uses, and what pages in use hold past its length, may be NaN."""
+    graphdef, params, bias = nano
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 120), 0, ALLOWED)
+    length_B = jnp.array([120, 50], jnp.int32)
+    table_BX = contiguous_table(2, 192)
+
+    def last_hidden(from_, fill):
+        monkeypatch.setattr(MultiHeadLatentAttention, "_worth_expanding", from_)
+        model = merge(graphdef, params, bias)
+        entries = empty_entries(model.config, table_BX.size, jnp.float32)
+        if fill is not None:
+            unused_X = jnp.array([False, False, True, False, True, True])[None, :, None, None]
+            entries = jax.tree.map(lambda x: jnp.where(unused_X, fill, x), entries)
+        return prefill(model, tokens_BT, length_B, entries, table_BX, chunk=40)[0]
+
+    wanted = last_hidden(float("inf"), None)
+    for from_ in (0, float("inf")):
+        got = last_hidden(from_, jnp.nan)
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [[[0], [130]], [[-1], [64]], [[7, 8, 63], [-1, -1, 191]]])
+def test_an_fp8_cache_is_written_page_by_page_as_at_once(slots):
+    slot_BT = jnp.array(slots, jnp.int32)
+    key_cache, key_new = jax.random.split(jax.random.key(0))
+    narrow = jnp.float8_e4m3fn
+    cache = jax.random.normal(key_cache, (3, 3, 64, 16)).astype(narrow)
+    new_BTC = jax.random.normal(key_new, (*slot_BT.shape, 16)).astype(narrow)
+    got, wanted = (f(cache, jnp.int32(1), new_BTC, slot_BT) for f in (_write_by_page, write))
+    np.testing.assert_array_equal(got.astype(np.float32), wanted.astype(np.float32))
+    assert (got != cache).any(axis=-1).sum() == (slot_BT >= 0).sum()
 
 
 def test_a_form_is_chosen_by_its_operations():

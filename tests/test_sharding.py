@@ -17,7 +17,7 @@ from dsjax.presets import preset
 from sharding.dispatch import block_rows, combine, dispatch, plan_dispatch
 from sharding.init import init, program
 from sharding.mesh import MeshShape, make_mesh
-from sharding.rules import AxisRules, LayoutError
+from sharding.rules import PRESETS, AxisRules, LayoutError
 from sharding.spread import check_parts
 from tests.helpers import assert_near
 
@@ -39,6 +39,12 @@ def test_a_mesh_axis_lays_out_one_dimension():
     assert RULES.spec(("embed", "embed"), (6, 6), sizes) == PartitionSpec("fsdp", None)
     assert AxisRules().spec(("embed",), (6,), sizes) == PartitionSpec(None)
     assert RULES.spec(("embed",), (5,), {"fsdp": 1}) == PartitionSpec(None)
+
+
+@pytest.mark.parametrize("pages", ["expert", ("context", "data"), ("tensor", "tensor")])
+def test_pages_and_sequences_are_not_cut_by_one_axis(pages):
+    with pytest.raises(LayoutError, match="an axis cuts one of them, once"):
+        dataclasses.replace(PRESETS["decode"], pages=pages)
 
 
 def test_what_is_only_stored_in_parts_may_stay_whole():

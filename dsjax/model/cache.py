@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import AttentionConfig, CacheKind, MlaConfig, ModelConfig
 from dsjax.errors import InputError
+from pallas_kernels import choose
 from pallas_kernels.latents import Fp8Latents, read_pages, round_latents
 from pallas_kernels.mla_decode import sequence_part
 from pallas_kernels.tiled import tiles
@@ -24,6 +25,7 @@ from sharding import island
 from sharding.rules import AxisRules
 
 PAGE_SIZE = 64
+FEW = 256  # positions, which are not too many to be written one by one
 
 
 class KeysValues(NamedTuple):
@@ -215,15 +217,37 @@ def write_latents(
         return write(entries, layer, new_BTZ, slot_BT)
     latent, rope = round_latents(new_BTZ, entries.q_LXSC.shape[-1])
     pages, size = entries.q_LXSC.shape[1:3]
+    by_page = choose.target() == "tpu" and slot_BT.size <= FEW
+    write_q = _write_by_page if by_page else write
     page_BT = jnp.where(slot_BT < 0, pages, slot_BT // size)  # out of range: dropped
     scale_LXcS = entries.scale_LXcS.at[layer, page_BT, :, slot_BT % size].set(
         latent.scale, mode="drop"
     )
     return Fp8Latents(
-        write(entries.q_LXSC, layer, latent.q, slot_BT),
+        write_q(entries.q_LXSC, layer, latent.q, slot_BT),
         scale_LXcS,
         write(entries.rope_LXSR, layer, rope, slot_BT),
     )
+
+
+def _write_by_page(cache_LXSC, layer, new_BTC, slot_BT):
+    """As `write`, one position after the other, each with the page around it.
+
+    XLA for TPUs lays an FP8 array out for a scatter, or for an update narrower than its tiles, in
+    another way than a program gets it: around each such write it copies the whole cache twice.
+    """
+    size, width = cache_LXSC.shape[2:]
+    slot_U, new_UC = slot_BT.reshape(-1), new_BTC.reshape(-1, width)
+
+    def one(i, cache_LXSC):
+        slot = slot_U[i]
+        place = layer, jnp.maximum(slot, 0) // size, 0, 0
+        page = jax.lax.dynamic_slice(cache_LXSC, place, (1, 1, size, width))
+        here_S1 = (jnp.arange(size) == slot % size)[:, None] & (slot >= 0)
+        page = jnp.where(here_S1, new_UC[i], page)
+        return jax.lax.dynamic_update_slice(cache_LXSC, page, place)
+
+    return jax.lax.fori_loop(0, slot_U.size, one, cache_LXSC)
 
 
 def read_rows(

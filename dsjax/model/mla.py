@@ -183,17 +183,20 @@ class MultiHeadLatentAttention(nnx.Module):
         t = q_nope_BTNP.shape[1]
         entries_BSZ = read_rows(latent_LXSZ, layer, pages, q_nope_BTNP.dtype)
         entries_BSZ = jnp.pad(entries_BSZ, ((0, 0), (0, -entries_BSZ.shape[1] % t), (0, 0)))
-        k_BSNA, v_BSNH = self._keys_values(entries_BSZ)
         position_S = jnp.arange(entries_BSZ.shape[1], dtype=jnp.int32)
-        last_B1 = jnp.max(where.positions_BT, axis=1, keepdims=True)
+        cached_BS = position_S <= jnp.max(where.positions_BT, axis=1, keepdims=True)
+        # A page that is not in use may hold NaN, which no weight of zero would hide.
+        entries_BSZ = jnp.where(cached_BS[..., None], entries_BSZ, 0)
+        k_BSNA, v_BSNH = self._keys_values(entries_BSZ)
         return mla_attention(
             jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1),
             k_BSNA,
             v_BSNH,
-            (position_S <= last_B1).astype(jnp.int32),
-            jnp.broadcast_to(position_S, entries_BSZ.shape[:2]),
+            cached_BS.astype(jnp.int32),
+            jnp.broadcast_to(position_S, cached_BS.shape),
             self._scale,
             first_row=pages.first_row,
+            kept=self.precision.attention_kept,
         )
 
     def _keys_values(self, entries_BSZ):

@@ -40,7 +40,7 @@ def mla_attention(
         segments_BS: int32; each document is one contiguous run of a number of its own in its row,
             0 is padding.
         positions_BS: int32, rising along the row inside a segment.
-        scale: multiplies the scores.
+        scale: multiplies the scores; a Python number.
         first_row: the queries are those of rows first_row .. first_row + T - 1. An int32 scalar
             that may be traced, and differ by device inside `shard_map`. T divides S, and it is a
             multiple of T below S; that is not checked of an array, whose other values give wrong

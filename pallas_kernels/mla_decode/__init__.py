@@ -37,7 +37,7 @@ def mla_decode(
             What a page in use holds past the length must be finite.
         length_B: int32 positions cached, this call's included.
         positions_BT: int32 position of each query; a negative one attends to nothing.
-        scale: multiplies the scores.
+        scale: multiplies the scores; a Python number.
         value_dim: C; the values are the first C numbers of an entry.
         implementation: "hopper", "tpu", "xla" (a loop over pages in use, online softmax),
             "reference" (gathers every page), or None, which takes the best one for the target.
@@ -93,7 +93,7 @@ def sequence_part(count: jax.Array, part: jax.Array | int, parts: int, page: int
         parts: how many there are.
         page: positions a page, S.
     """
+    count = jnp.maximum(count, 0)
     whole = count // page
     pages = jnp.maximum(whole - part + parts - 1, 0) // parts
-    rest = jnp.where(whole % parts == part, count % page, 0)
-    return jnp.maximum(pages * page + rest, 0)
+    return pages * page + jnp.where(whole % parts == part, count % page, 0)

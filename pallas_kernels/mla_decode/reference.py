@@ -11,7 +11,8 @@ def mla_decode(q_BTNZ, cache_LXSZ, layer, table_BX, length_B, positions_BT, scal
     """See the package for arguments."""
     entries = read_pages(cache_LXSZ, layer, table_BX, q_BTNZ.dtype)
     b, pages, size, z = entries.shape
-    keys_BSZ = entries.reshape(b, pages * size, z)
+    in_use = jnp.arange(pages * size) < length_B[:, None]
+    keys_BSZ = jnp.where(in_use[..., None], entries.reshape(b, pages * size, z), 0)
     scores = jnp.einsum("btnz,bsz->btns", q_BTNZ, keys_BSZ, preferred_element_type=jnp.float32)
     position_S = jnp.arange(keys_BSZ.shape[1])
     mask = position_S <= positions_BT[..., None]
