@@ -14,7 +14,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *("docs/notation.md", "docs/log.md", "docs/training.md", "docs/weights.md"),
-    *("docs/sharding.md", "docs/launch.md", "docs/fp8.md", "docs/kernels.md"),
+    *("docs/sharding.md", "docs/launch.md", "docs/attention.md", "docs/fp8.md", "docs/kernels.md"),
 )
 TOP = ("dsjax", "sharding", "pallas_kernels", "experiments", "tests")
 
