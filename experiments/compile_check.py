@@ -16,7 +16,8 @@ from absl import flags
 
 from dsjax.errors import InputError, RunError
 from dsjax.overrides import to_json
-from experiments import command, topologies
+from experiments import command
+from experiments.ahead_of_time import topologies
 
 FLAGS = command.define_flags(default_preset="deepseek_v3", default_workdir=None)
 flags.DEFINE_string(
@@ -44,7 +45,7 @@ def _body(values: flags.FlagValues) -> None:
         "cached": values.cached,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.compile_program"],
+        [sys.executable, "-m", "experiments.ahead_of_time.program"],
         input=json.dumps(request),
         cwd=topologies.REPOSITORY,
         env=environment,

@@ -19,7 +19,8 @@ from pathlib import Path
 from absl import flags
 
 from dsjax.errors import InputError, RunError
-from experiments import command, topologies
+from experiments import command
+from experiments.ahead_of_time import topologies
 from experiments.kernels import table
 from experiments.kernels.ahead import TOPOLOGIES
 from experiments.kernels.cases import cases

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from experiments import command, compile_check, topologies
+from experiments import command, compile_check
+from experiments.ahead_of_time import topologies
 
 TOKENS, LAYERS, DEVICES = 131_072, 61, 8
 # 671B are not asked for here: of 256 experts there are 16, of weights in BF16.

@@ -23,7 +23,7 @@ import jax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import topologies
+from experiments.ahead_of_time import topologies
 from experiments.kernels.cases import Case, cases
 from pallas_kernels import choose
 

@@ -24,7 +24,7 @@ from dsjax.model.cache import contiguous_table, empty_entries, page_axes
 from dsjax.model.transformer import merge
 from dsjax.overrides import from_json
 from dsjax.train.state import abstract_state, blueprint
-from experiments import topologies
+from experiments.ahead_of_time import topologies
 from sharding import island
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import LayoutError

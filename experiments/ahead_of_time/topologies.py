@@ -12,10 +12,10 @@ from jax.experimental import topologies
 
 from dsjax.errors import InputError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 AOT = REPOSITORY / ".aot"
 # Written by hand from the data sheet; `experiments.bench_kernels` reads one off a device.
-H100 = Path(__file__).parent / "kernels" / "h100_target.textproto"
+H100 = REPOSITORY / "experiments" / "kernels" / "h100_target.textproto"
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 
 

@@ -1,0 +1,1 @@
+"""The package: compiling for devices that are not there."""
