@@ -537,6 +537,17 @@ def test_a_cache_over_devices_says_the_same(place, changes, monkeypatch):
     assert distance(made.log_probs_BG, wanted.log_probs_BG) <= FLOAT32
 
 
+@pytest.mark.nightly
+def test_keys_and_values_over_devices_say_the_same():
+    """Grouped-query attention: heads over `tensor`, pages over `context` alone."""
+    one = dsjax.init(student(), seed=1)
+    cut = one.with_rules(PRESETS["decode"], make_mesh(MeshShape(context=2, tensor=2)))
+    how = {"max_tokens": 70, "temperature": 0.8, "seed": 3}
+    made, wanted = (lm.generate_tokens(LONG, **how) for lm in (cut, one))
+    np.testing.assert_array_equal(made.tokens_BG, wanted.tokens_BG)
+    assert distance(made.log_probs_BG, wanted.log_probs_BG) <= FLOAT32
+
+
 @pytest.mark.slow
 def test_weights_kept_in_fp8_lie_by_whole_experts(tmp_path):
     language_model().save_pretrained(tmp_path / "fp8", dtype="fp8")
