@@ -34,6 +34,9 @@ flags.DEFINE_multi_enum(
 flags.DEFINE_multi_string(
     "only", [], "An op or one of its calls, as the table names it.", flag_values=FLAGS
 )
+flags.DEFINE_bool(
+    "brief", False, "One call of each op; what else the table has stands.", flag_values=FLAGS
+)
 flags.DEFINE_bool("write", False, "Makes the table and its page anew.", flag_values=FLAGS)
 flags.DEFINE_string(
     "aot", str(topologies.AOT), "Folder of the compilers: make aot.", flag_values=FLAGS
@@ -59,7 +62,9 @@ def _body(values: flags.FlagValues) -> None:
     found: table.Table = {}
     for platform, targets in TARGETS.items():
         if chosen := [target for target in targets if target in wanted]:
-            found |= _compile(platform, chosen, values.only, values.aot)
+            told = ["--brief"] if values.brief else []
+            told += [f"--only={name}" for name in values.only]
+            found |= _compile(platform, chosen, told, values.aot)
     wrong = _faults(found, known)
     for line in wrong:
         print(line)
@@ -70,7 +75,7 @@ def _body(values: flags.FlagValues) -> None:
         for line in table.other_compilers(before, found):
             print(line)
         changed = table.differences(before, found)
-        if not values.only:
+        if not values.only and not values.brief:
             changed += table.gone(before, found)
         for line in changed:
             print(line)
@@ -83,17 +88,14 @@ def _body(values: flags.FlagValues) -> None:
         raise RunError(f"{len(wrong)} faults or differences; --write takes differences over")
 
 
-def _compile(platform: str, targets: list[str], only: list[str], aot: str) -> table.Table:
+def _compile(platform: str, targets: list[str], told: list[str], aot: str) -> table.Table:
     """Compiles in a process that has the platform's compiler."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as dumps:
         environment = topologies.environment(TOPOLOGIES[targets[0]], aot)
         environment["MOSAIC_GPU_DUMP_TO"] = dumps
         done = subprocess.run(
-            [
-                *(sys.executable, "-m", "experiments.kernels.ahead", platform, *targets),
-                *(f"--only={name}" for name in only),
-            ],
+            [sys.executable, "-m", "experiments.kernels.ahead", platform, *targets, *told],
             cwd=topologies.REPOSITORY,
             env=environment,
             capture_output=True,
@@ -130,7 +132,8 @@ def _write(found: table.Table, values: flags.FlagValues) -> None:
     """Takes over what was compiled; what was not stays, unless there is no such case any more."""
     whole = _read(values.table)
     for target, figures in found.items():
-        before = whole.get(target, {"cases": {}})["cases"] if values.only else {}
+        some = values.only or values.brief
+        before = whole.get(target, {"cases": {}})["cases"] if some else {}
         whole[target] = {"compiler": figures["compiler"], "cases": before | figures["cases"]}
     whole = {target: whole[target] for target in sum(TARGETS.values(), ()) if target in whole}
     try:

@@ -117,7 +117,8 @@ def unbroken(once):
     return once("a run of 120 steps", make_unbroken)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("times", [20])
 def test_killed_at_random_moments_it_gives_the_unbroken_curve(unbroken, times, tmp_path):
     """kill -9, most often while it trains and saves every few steps; then the same command."""
     workdir, rng = tmp_path / "killed", random.Random(0)
@@ -206,6 +207,7 @@ def test_a_full_disk_keeps_the_old_step_and_ends_the_run_only_after_retries(unbr
     assert_same_run(workdir, unbroken["workdir"])
 
 
+@pytest.mark.nightly
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(unbroken, tmp_path):
     """A bit flipped in the newest one: told in a line, put aside, and the curve is the same."""
     workdir = tmp_path / "damaged"

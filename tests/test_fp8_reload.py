@@ -37,7 +37,9 @@ def ids(rng):
     return rng.integers(0, 512, (2, 40))
 
 
-@pytest.mark.parametrize("scale", ["float32", "power_of_two"])
+@pytest.mark.parametrize(
+    "scale", ["float32", pytest.param("power_of_two", marks=pytest.mark.nightly)]
+)
 def test_a_trained_model_comes_back_with_the_same_logits(trained, ids, scale, tmp_path, capsys):
     """Bit for bit: the export's FP8 numbers are those that training computes with."""
     changes = [f"precision.scale={scale}"]

@@ -284,7 +284,14 @@ def test_a_handful_of_programs_serves_many_calls(nano, prompts):
     assert run._cache_size() == 2
 
 
-@pytest.mark.parametrize(("chunk", "form"), [(64, "absorbed"), (40, "absorbed"), (40, "expanded")])
+@pytest.mark.parametrize(
+    ("chunk", "form"),
+    [
+        pytest.param(64, "absorbed", marks=pytest.mark.nightly),
+        (40, "absorbed"),
+        (40, "expanded"),
+    ],
+)
 def test_a_prompt_in_pieces_says_what_it_says_whole(
     nano, prompts, greedy, chunk, form, monkeypatch
 ):

@@ -30,13 +30,15 @@ def _allocator_left_alone(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # 80 s of two cores that nobody else uses
 @pytest.mark.parametrize("platform", kernel_resources.TARGETS)
-def test_kernels_compile_to_what_the_table_says(platform):
+@pytest.mark.parametrize("how", ["--brief", pytest.param("", marks=pytest.mark.nightly)])
+def test_kernels_compile_to_what_the_table_says(platform, how):
     if not (AOT / ".stamp").exists():
         reason = "no compilers for accelerators: `make aot` installs them"
         if os.environ.get("DSJAX_REQUIRE_AOT"):
             pytest.fail(reason)
         pytest.skip(reason)
     targets = [f"--target={target}" for target in kernel_resources.TARGETS[platform]]
+    targets += [how] if how else []
     done = subprocess.run(
         [sys.executable, "-m", "experiments.kernel_resources", *targets],
         cwd=REPOSITORY,
@@ -215,13 +217,17 @@ def test_scripts_refuse_what_they_cannot_use(script, arguments, expected, capsys
 # ---- the benchmark ------------------------------------------------------------------------------
 
 
+PARTS = ("product", "decode", "attention")
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A smoke test's result: no device, no peer."""
+    """A smoke test's result: no device, no peer; some of the parts."""
     out = tmp_path_factory.mktemp("smoke") / "out.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "keep_freed_memory", lambda: False)
-        assert bench_kernels.main(["bench", "--torch=", f"--json_out={out}"]) == 0
+        parts = [f"--part={part}" for part in PARTS]
+        assert bench_kernels.main(["bench", "--torch=", f"--json_out={out}", *parts]) == 0
     return json.loads(out.read_text())
 
 
@@ -231,7 +237,7 @@ def test_the_benchmark_runs_without_a_device(smoke):
     assert smoke["machine"]["device"] == "cpu"
     assert smoke["not reached"] == []
     assert [(case["op"], case["shape"]) for case in smoke["cases"]] == [
-        (case.op, case.shape) for case in cases(SMOKE)
+        (case.op, case.shape) for case in cases(SMOKE) if case.part in PARTS
     ]
     for case in smoke["cases"]:
         assert case["by"][case["plain"]]["seconds"] > 0

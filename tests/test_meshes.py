@@ -525,7 +525,11 @@ def said(place: MeshShape | None, *changes: str):
     [
         (MeshShape(context=2, tensor=2), ()),
         pytest.param(MeshShape(context=4, expert=2), (), marks=pytest.mark.nightly),
-        (MeshShape(tensor=4), ("infer.cache=fp8", "infer.prefill_chunk=48")),
+        pytest.param(
+            MeshShape(tensor=4),
+            ("infer.cache=fp8", "infer.prefill_chunk=48"),
+            marks=pytest.mark.nightly,
+        ),
     ],
     ids=["context-tensor", "context-expert", "tensor-fp8"],
 )
@@ -566,7 +570,7 @@ def test_weights_kept_in_fp8_lie_by_whole_experts(tmp_path):
     assert distance(got, wanted) <= BFLOAT16
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_scoring_is_exact_whatever_training_bounds():
     """No stop tokens, an odd vocabulary, and room that training would find too small."""
     config = override(preset("nano"), "model.vocab_size=509")

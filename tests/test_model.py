@@ -339,7 +339,14 @@ def nano_rows():
     return config, graphdef, params, bias, tokens_BT, hidden_BTD
 
 
-@pytest.mark.parametrize("chunks", [(150,), (64, 64, 22), (149, 1), (100, 1, 1, 48), (3, 147)])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (64, 64, 22),
+        (100, 1, 1, 48),
+        *(pytest.param(c, marks=pytest.mark.nightly) for c in ((150,), (149, 1), (3, 147))),
+    ],
+)
 def test_cached_equals_whole(nano_rows, chunks):
     """Prefill in any pieces, then decode: the absorbed form over pages in a shuffled order."""
     config, graphdef, params, bias, tokens_BT, hidden_BTD = nano_rows

@@ -133,7 +133,7 @@ def test_a_killed_process_ends_all_and_others_go_on(alone, text, tmp_path):
     assert_same_curve(tmp_path / "run", alone)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_signal_to_one_saves_and_stops_all(alone, text, tmp_path):
     """Two processes; the second gets SIGTERM; one process with one device goes on."""
     run = Run(tmp_path / "run", text, 2, 1, *mesh(rules="fsdp", fsdp=2))

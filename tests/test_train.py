@@ -356,7 +356,10 @@ def whole(nano, uneven):
     return nano.run(uneven)
 
 
-@pytest.mark.parametrize(("micro_batch_size", "remat"), [(2, "full"), (1, "none")])
+@pytest.mark.parametrize(
+    ("micro_batch_size", "remat"),
+    [(2, "full"), pytest.param(1, "none", marks=pytest.mark.nightly)],
+)
 def test_micro_batched_equals_whole(nano, uneven, whole, micro_batch_size, remat):
     if remat != "none":
         train = dataclasses.replace(BASE.train, remat=remat)
@@ -375,6 +378,7 @@ def test_micro_batched_equals_whole(nano, uneven, whole, micro_batch_size, remat
     assert len(nano.loss.traces) == before + 1
 
 
+@pytest.mark.nightly
 def test_v2s_balances_are_summed_over_micro_batches(nano, uneven):
     """V2's router and weights: metrics, total and step are those of the whole batch."""
 
@@ -895,6 +899,7 @@ def staged_runs(once):
     return once("runs of two stages", make_staged_runs)
 
 
+@pytest.mark.nightly
 def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(staged_runs):
     """It is not swallowed, nor is the next stage begun; and the last one is evaluated later."""
     for name, step, by in (
@@ -908,6 +913,7 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(staged_runs):
     assert staged_runs["finished"]["after"] == staged_runs["unbroken"]["after"]
 
 
+@pytest.mark.nightly
 def test_a_run_stopped_at_its_borders_equals_an_unbroken_one(staged_runs):
     """The evaluation of a stage's end, which the signal kept from being made, too."""
     folder = pathlib.Path(staged_runs["folder"])
@@ -920,6 +926,7 @@ def test_a_run_stopped_at_its_borders_equals_an_unbroken_one(staged_runs):
     chex.assert_trees_all_equal(*states)
 
 
+@pytest.mark.nightly
 def test_changed_text_is_refused_at_a_stage_border_too(staged_runs):
     text = pathlib.Path(staged_runs["folder"], "text")
     assert staged_runs["changed"] == (
@@ -927,6 +934,7 @@ def test_changed_text_is_refused_at_a_stage_border_too(staged_runs):
     )
 
 
+@pytest.mark.nightly
 def test_a_run_begins_with_the_weights_of_another(staged_runs, tmp_path):
     """It keeps the step that it began with; another model is refused with nothing written."""
     other = pathlib.Path(staged_runs["folder"], "unbroken")

@@ -132,10 +132,10 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def _cases(target: str, only: list[str]) -> list[Case]:
+def _cases(target: str, only: list[str], brief: bool) -> list[Case]:
     """Those of a target, or of them those named by op or by call."""
     wanted = [case for case in cases() if case.compiled]
-    if target in FEWER:
+    if brief or target in FEWER:
         first: dict[str, Case] = {}
         for case in wanted:
             first.setdefault(case.op, case)
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> int:
         with jax.set_mesh(mesh):
             kernel = choose.target()  # what a caller who names none gets
         found = result[target] = {}
-        for case in _cases(target, only):
+        for case in _cases(target, only, "--brief" in rest):
             names = [kernel]
             if target == "h100" and case.name.startswith(PLAIN):
                 names += ["reference"] if case.part == "quantize" else ["xla"]
