@@ -563,8 +563,8 @@ class InferConfig:
 
     # `fp8` keeps MLA's latents in FP8 with a scale for every 128, rope keys as they are computed.
     cache: CacheKind = free("computed")
-    # Longer prompts go into the cache in pieces of so many positions, which bounds what a prefill
-    # needs beside the cache; None takes them whole.
+    # Longer prompts go into the cache in pieces of so many positions: activations are then of one
+    # piece (docs/attention.md says what else a long piece needs). None takes them whole.
     prefill_chunk: int | None = free(None)
 
     def __post_init__(self):
