@@ -124,6 +124,15 @@ def test_sums_stay_finite_where_scales_are_not_used():
     assert np.isfinite(np.asarray(y)).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_products_too_large_are_infinite():
+    """As on the device; a kernel with a planted fault multiplies whatever it finds."""
+    large = jnp.full((64, 128), 1e38, jnp.bfloat16)
+    options = {"k_major": True, "tiling": Tiling(64, 4, False), "num_sms": 1}
+    y = interpret(product.bf16, large, large[None], **options)
+    assert np.isposinf(np.asarray(y, np.float32)).all()
+
+
 # ---- BF16 ---------------------------------------------------------------------------------------
 
 BF16 = (  # experts of each 128 rows, of 3; N, K, tiling, CTAs, contraction last in b

@@ -108,6 +108,7 @@ def _multiply(*, token, thread, source_info, **operands):
         result = operand("a")
     else:
         before = load(sums)
-        result = before + np.matmul(operand("a"), operand("b"), dtype=before.dtype)
+        with np.errstate(all="ignore"):  # too large is infinite, as on the device
+            result = before + np.matmul(operand("a"), operand("b"), dtype=before.dtype)
     shared.store_buffer_content(*sums, result, thread)
     return token
