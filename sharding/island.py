@@ -167,6 +167,12 @@ def sum_tokens(tree: Any, rules: AxisRules) -> Any:
     return lax.psum(tree, axes) if axes else tree
 
 
+def max_tokens(tree: Any, rules: AxisRules) -> Any:
+    """The largest of what the devices among which tokens are spread say of their own."""
+    axes = inside(rules.token_axes)
+    return lax.pmax(tree, axes) if axes else tree
+
+
 # ---- the cache ----------------------------------------------------------------------------------
 
 

@@ -31,13 +31,14 @@ from dsjax.model.router import health
 from dsjax.model.transformer import build, split
 from dsjax.precision import Precision
 from dsjax.presets import preset, v3_bias_speed, v3_learning_rate, v3_mtp_weight
-from dsjax.train import loop, loss
-from dsjax.train.loss import PretrainLoss, cross_entropy
+from dsjax.train import loop, vocabulary
+from dsjax.train.loss import PretrainLoss
 from dsjax.train.metrics import read_metrics
 from dsjax.train.optimizer import adamw, decays
 from dsjax.train.schedule import value_at
 from dsjax.train.state import abstract_state, create, fresh_state
 from dsjax.train.step import make_train_step, update_ema
+from dsjax.train.vocabulary import cross_entropy
 from dsjax.workdir import read_run
 from sharding.rules import AxisRules
 from tests.helpers import (
@@ -210,7 +211,7 @@ FLOAT32_PRECISION = Precision.of(preset("nano").precision)
 @pytest.mark.parametrize("chunk_logits", [1, 7 * 11, 16 * 11, 1 << 23])
 def test_cross_entropy_in_chunks(rng, monkeypatch, chunk_logits):
     """Value and gradients; 53 tokens make 53, 8 (padded), 4 (padded) chunks and one."""
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", chunk_logits)
     tokens, width, vocab = 53, 6, 11
     hidden_UD = jnp.asarray(rng.standard_normal((tokens, width)), jnp.float32)
     head_DV = jnp.asarray(3.0 * rng.standard_normal((width, vocab)), jnp.float32)
@@ -235,7 +236,7 @@ def test_cross_entropy_in_chunks(rng, monkeypatch, chunk_logits):
 
 
 def test_cross_entropy_never_has_all_logits(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 1 << 14)
+    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 1 << 14)
     tokens, width, vocab = 1024, 8, 512
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, width), (width, vocab))]
     arrays += [jax.ShapeDtypeStruct((tokens,), d) for d in (jnp.int32, jnp.float32)]

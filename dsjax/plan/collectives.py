@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dsjax.config import BlockConfig, Config, GqaConfig, MlaConfig, MoeConfig
 from dsjax.plan.layout import Tensor, tensors
-from dsjax.train.loss import CHUNK_LOGITS
+from dsjax.train.vocabulary import CHUNK_LOGITS
 from pallas_kernels.tiled import TILE, tiles
 from sharding.rules import AxisRules
 

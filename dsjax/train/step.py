@@ -129,21 +129,27 @@ def make_train_step(
             return {
                 "grads": island.sum_gradients(grads, specs, model.rules),
                 **island.sum_tokens(told, model.rules),
+                "peaks": island.max_tokens(aux.peaks, model.rules),
             }
 
         specs = jax.tree.map(island.spec_of, params)
-        out_specs = {"grads": specs, **dict.fromkeys(("metrics", "load", "overflow"), P())}
+        told = ("metrics", "load", "overflow", "peaks")
+        out_specs = {"grads": specs, **dict.fromkeys(told, P())}
         return island.run(local, out_specs, params, bias, batch, totals)
 
     def zero(params, bias, batch, totals):
         shapes = jax.eval_shape(value_and_grad, params, bias, batch, totals)
         sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes | {"grads": {}})
+        sums["peaks"] = jax.tree.map(lambda peak: jnp.full_like(peak, -jnp.inf), sums["peaks"])
         # Like the parameters, on their devices.
         return sums | {"grads": jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)}
 
     def accumulate(params, bias, sums, batch, totals):
         new = value_and_grad(params, bias, batch, totals)
-        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, new)
+        peaks = jax.tree.map(jnp.maximum, sums["peaks"], new.pop("peaks"))
+        sums = {name: sums[name] for name in new}
+        sums = jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, new)
+        return sums | {"peaks": peaks}
 
     def apply(state, sums, progress):
         (grads, seen), load = parted(sums["grads"]), sums["load"]
@@ -151,7 +157,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         speed = value_at(bias_speed, progress)
         bias = {key: update_bias(bias_LE, load[key], speed) for key, bias_LE in state.bias.items()}
-        metrics = sums["metrics"] | _norms(grads, params, updates)
+        metrics = sums["metrics"] | sums["peaks"] | _norms(grads, params, updates)
         finite = jnp.isfinite(metrics["loss_total"]) & jnp.isfinite(metrics["grad_norm"])
         finite = finite & (sums["overflow"] == 0)
         # A choice a leaf, which XLA fuses into the update: no second pass over the state.

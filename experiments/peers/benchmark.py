@@ -32,9 +32,10 @@ from dsjax.model.moe import MixtureOfExperts
 from dsjax.model.rope import rotation
 from dsjax.precision import Precision
 from dsjax.train.flops import train_flops_per_token
-from dsjax.train.loss import PretrainLoss, cross_entropy
+from dsjax.train.loss import PretrainLoss
 from dsjax.train.state import blueprint, create
 from dsjax.train.step import make_train_step
+from dsjax.train.vocabulary import cross_entropy
 from sharding.dispatch import Plan
 from sharding.rules import AxisRules
 
