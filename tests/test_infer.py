@@ -11,7 +11,7 @@ import pytest
 from dsjax.config import InferConfig
 from dsjax.errors import InputError
 from dsjax.infer.generate import decode, generate, prefill, prepare, run
-from dsjax.infer.sampler import Sampling, sample
+from dsjax.infer.sampler import Sampling, row_keys, sample
 from dsjax.model.cache import _write_by_page, contiguous_table, empty_entries, write
 from dsjax.model.mla import MultiHeadLatentAttention
 from dsjax.model.transformer import build, merge, split
@@ -30,7 +30,7 @@ def draws(logits_V, *, allowed=None, seed=0, **sampling):
     return jax.device_get(
         sample(
             logits_BV,
-            jax.random.key(seed),
+            row_keys(jax.random.key(seed), DRAWS),
             temperature=sampling.get("temperature", 1.0),
             top_p=sampling.get("top_p", 1.0),
             allowed=logits_V.size if allowed is None else allowed,
@@ -57,8 +57,8 @@ PROBABILITY = np.array([0.35, 0.05, 0.25, 0.02, 0.2, 0.13])  # no tail of 0.02 i
 def test_greedy_takes_the_best_and_the_lowest_of_equals(rng):
     logits_BV = jnp.asarray(rng.standard_normal((50, 30)), jnp.float32)
     logits_BV = logits_BV.at[0, [4, 7]].set(9.0)
-    key = jax.random.key(0)
-    tokens, log_probs = sample(logits_BV, key, temperature=0.0, top_p=0.3, allowed=30)
+    key_B = row_keys(jax.random.key(0), 50)
+    tokens, log_probs = sample(logits_BV, key_B, temperature=0.0, top_p=0.3, allowed=30)
     np.testing.assert_array_equal(tokens, np.argmax(logits_BV, axis=-1))
     assert int(tokens[0]) == 4
     np.testing.assert_array_equal(log_probs, 0.0)  # it was certain

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsjax.config import InferConfig
-from dsjax.infer.sampler import Sampling, sample
+from dsjax.infer.sampler import Sampling, row_keys, sample
 from dsjax.meshes import blueprint_rules, mesh_of
 from dsjax.model.cache import (
     PAGE_SIZE,
@@ -29,6 +29,8 @@ from dsjax.model.transformer import Transformer, merge
 from dsjax.precision import Quantized
 from sharding import island
 from sharding.spread import Spread
+
+Routing = dict[str, jax.Array]  # {stack: uint16 [L, B, T, K]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,17 +199,18 @@ def _run(
     dtype = model.precision.compute_dtype
     entries = empty_entries(model.config, table_BX.size, dtype, infer.cache)
     first_row = island.place(rules.of("batch")) * batch
-    draw = functools.partial(
-        sample, temperature=temperature, top_p=top_p, allowed=allowed, first_row=first_row
-    )
+
+    def draw(logits_BV, number):
+        key_B = row_keys(jax.random.fold_in(key, number), batch, first_row)
+        return sample(logits_BV, key_B, temperature=temperature, top_p=top_p, allowed=allowed)
 
     def left(done_B):  # over all devices: they take their steps together
         return island.sum_tokens(jnp.sum(~done_B, dtype=jnp.int32), rules)
 
     chunk = infer.prefill_chunk
-    hidden_BD, entries = prefill(model, tokens_BT, length_B, entries, table_BX, chunk=chunk)
+    hidden_BD, entries, _ = prefill(model, tokens_BT, length_B, entries, table_BX, chunk=chunk)
     logits_BV = model.logits(hidden_BD[:, None])[:, 0]
-    token_B, log_B = draw(logits_BV, jax.random.fold_in(key, 0))
+    token_B, log_B = draw(logits_BV, 0)
 
     def unfinished(loop):
         step, *_, running = loop
@@ -219,8 +222,8 @@ def _run(
         log_probs_BG = log_probs_BG.at[:, i].set(log_B)
         count_B = count_B + ~done_B
         done_B = done_B | (token_B[:, None] == stop_ids).any(axis=1)
-        logits_BV, entries = decode(model, token_B, length_B + i, ~done_B, entries, table_BX)
-        token_B, log_B = draw(logits_BV, jax.random.fold_in(key, i + 1))
+        logits_BV, entries, _ = decode(model, token_B, length_B + i, ~done_B, entries, table_BX)
+        token_B, log_B = draw(logits_BV, i + 1)
         running = left(done_B)
         return i + 1, token_B, log_B, tokens_BG, log_probs_BG, entries, count_B, done_B, running
 
@@ -241,38 +244,54 @@ def prefill(
     table_BX: Int[Array, "B X"],
     *,
     chunk: int | None = None,
-) -> tuple[Float[Array, "B D"], dict[str, Entries]]:
+) -> tuple[Float[Array, "B D"], dict[str, Entries], Routing]:
     """Runs prompts, padded on the right, into an empty cache.
 
     Args:
         model: the model.
         tokens_BT: int32 prompts.
-        length_B: int32 tokens of each, at least 1.
+        length_B: int32 tokens of each; one of none writes nothing, and its hidden state means
+            nothing.
         entries: the cache's arrays.
         table_BX: their pages.
         chunk: positions that run at a time; None for all. Later ones attend to the cache, in the
             form that takes fewer operations; where it is in FP8, to what was rounded.
 
     Returns:
-        (hidden_BD of each prompt's last token, the cache's arrays).
+        (hidden_BD of each prompt's last token, the cache's arrays, the experts of each position).
     """
-    width = tokens_BT.shape[1]
+    batch, width = tokens_BT.shape
     if chunk is None or chunk >= width:
         return _piece(model, tokens_BT, 0, length_B, entries, table_BX, fresh=True)
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -width % chunk)))
 
     def piece(i, carry):
-        hidden_BD, entries = carry
+        hidden_BD, entries, routing = carry
         part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, i * chunk, chunk, axis=1)
-        found_BD, entries = _piece(
+        found_BD, entries, routed = _piece(
             model, part_BT, i * chunk, length_B, entries, table_BX, fresh=False
         )
         ends_here = (length_B - 1) // chunk == i
-        return jnp.where(ends_here[:, None], found_BD, hidden_BD), entries
+        hidden_BD = jnp.where(ends_here[:, None], found_BD, hidden_BD)
+        return hidden_BD, entries, joined(routing, routed, i)
+
+    def joined(routing, routed, i):
+        return jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, i * chunk, axis=2),
+            routing,
+            routed,
+        )
 
     first_BT, pieces = tokens_BT[:, :chunk], tokens_BT.shape[1] // chunk
-    start = _piece(model, first_BT, 0, length_B, entries, table_BX, fresh=True)
-    return jax.lax.fori_loop(1, pieces, piece, start)
+    hidden_BD, entries, routed = _piece(model, first_BT, 0, length_B, entries, table_BX, fresh=True)
+    # Of an unread result XLA drops what a loop carries.
+    routing = {
+        key: jnp.zeros((part.shape[0], batch, tokens_BT.shape[1], part.shape[3]), part.dtype)
+        for key, part in routed.items()
+    }
+    start = hidden_BD, entries, joined(routing, routed, 0)
+    hidden_BD, entries, routing = jax.lax.fori_loop(1, pieces, piece, start)
+    return hidden_BD, entries, {key: whole[:, :, :width] for key, whole in routing.items()}
 
 
 def _piece(model, tokens_BT, first, length_B, entries, table_BX, *, fresh):
@@ -294,7 +313,7 @@ def _piece(model, tokens_BT, first, length_B, entries, table_BX, *, fresh):
     assert output.cache is not None  # it was given one
     last_B11 = jnp.clip(length_B - 1 - first, 0, width - 1)[:, None, None]
     hidden_BD = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)[:, 0]
-    return hidden_BD, output.cache.entries
+    return hidden_BD, output.cache.entries, output.aux.routing
 
 
 def decode(
@@ -304,7 +323,7 @@ def decode(
     running_B: Bool[Array, " B"],
     entries: dict[str, Entries],
     table_BX: Int[Array, "B X"],
-) -> tuple[Float[Array, "B V"], dict[str, Entries]]:
+) -> tuple[Float[Array, "B V"], dict[str, Entries], Routing]:
     """Runs one new token of each running sequence.
 
     Args:
@@ -316,7 +335,7 @@ def decode(
         table_BX: their pages.
 
     Returns:
-        (logits_BV of the next token, the cache's arrays).
+        (logits_BV of the next token, the cache's arrays, the experts of each token).
     """
     axes = page_axes(model.config, model.rules)
     pages, positions_B1 = advance(table_BX, cached_B, running_B.astype(jnp.int32), 1, axes)
@@ -327,4 +346,4 @@ def decode(
         cache=Cache(entries, pages),
     )
     assert output.cache is not None  # it was given one
-    return model.logits(output.hidden_BTD)[:, 0], output.cache.entries
+    return model.logits(output.hidden_BTD)[:, 0], output.cache.entries, output.aux.routing

@@ -31,31 +31,42 @@ class Sampling:
             raise InputError(f"top_p is {self.top_p}; it must lie in (0, 1]")
 
 
+def row_keys(key: PRNGKeyArray, batch: int, first_row: Int[Array, ""] | int = 0) -> Array:
+    """A key for each sequence by its place in the batch, wherever it lies.
+
+    Args:
+        key: of this draw.
+        batch: sequences here.
+        first_row: place of the first of them in the whole batch.
+    """
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(batch))
+
+
 def sample(
     logits_BV: Float[Array, "B V"],
-    key: PRNGKeyArray,
+    key_B: Array,
     *,
     temperature: Float[Array, ""] | float,
     top_p: Float[Array, ""] | float,
     allowed: int,
-    first_row: Int[Array, ""] | int = 0,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws one token a sequence.
 
     Args:
         logits_BV: float32.
-        key: of this draw; each sequence has a key of its own from it by its place in the batch, so
-            that its tokens depend on neither the other sequences nor the devices they lie on.
+        key_B: of this draw; each sequence has its own, so that its tokens depend on neither the
+            other sequences nor the devices they lie on.
         temperature: 0 takes the best token; may be traced, so that it needs no new compilation.
         top_p: may be traced.
         allowed: ids from here on are never drawn (rows of the embedding that no token uses).
-        first_row: place of the first sequence in the batch.
 
     Returns:
         (tokens int32, their log probability float32 after temperature and truncation).
     """
     vocab = logits_BV.shape[-1]
-    logits_BV = jnp.where(jnp.arange(vocab) < allowed, logits_BV.astype(jnp.float32), -jnp.inf)
+    logits_BV = logits_BV.astype(jnp.float32)
+    if allowed < vocab:
+        logits_BV = jnp.where(jnp.arange(vocab) < allowed, logits_BV, -jnp.inf)
 
     def best(logits_BV):
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), jnp.zeros(logits_BV.shape[:1])
@@ -64,8 +75,6 @@ def sample(
         log_BV = jax.nn.log_softmax(logits_BV / temperature, axis=-1)
         truncated = jnp.asarray(top_p) < 1.0
         log_BV = jax.lax.cond(truncated, lambda x: _truncate(x, top_p), lambda x: x, log_BV)
-        row_B = first_row + jnp.arange(log_BV.shape[0])
-        key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
         token_B = jax.vmap(jax.random.categorical)(key_B, log_BV).astype(jnp.int32)
         return token_B, jnp.take_along_axis(log_BV, token_B[:, None], axis=-1)[:, 0]
 

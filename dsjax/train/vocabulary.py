@@ -24,6 +24,18 @@ from sharding.rules import Layout
 CHUNK_LOGITS = 1 << 23
 
 
+class Draw(NamedTuple):
+    """The distribution that targets were drawn from.
+
+    Attributes:
+        temperature: divides logits.
+        allowed: ids from here on were never drawn; None for no such.
+    """
+
+    temperature: float = 1.0
+    allowed: int | None = None
+
+
 class Told(NamedTuple):
     """What the head says of tokens, float32.
 
@@ -64,7 +76,7 @@ def log_probs(
     model: Transformer,
     hidden_BTD: Float[Array, "B T D"],
     targets_BT: Int[Array, "B T"],
-    temperature: float = 1.0,
+    draw: Draw = Draw(),  # noqa: B008
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log probability of each target and entropy of its distribution, nats.
 
@@ -75,7 +87,7 @@ def log_probs(
         model: whose head it is.
         hidden_BTD: after the final norm.
         targets_BT: int32 next tokens.
-        temperature: divides logits; static.
+        draw: how they were drawn; static.
 
     Returns:
         (log_probs_BT; entropy_BT, which has no gradient), float32.
@@ -83,11 +95,9 @@ def log_probs(
     hidden_UD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     precision, head, targets_U = model.precision, model.head, targets_BT.reshape(-1)
     if head.layout == head.kept:
-        told = whole_log_probs(precision, temperature, hidden_UD, head.w_DV, targets_U)
+        told = whole_log_probs(precision, draw, hidden_UD, head.w_DV, targets_U)
     else:
-        told = sharded_log_probs(
-            precision, head.layout, temperature, hidden_UD, head.w_DV, targets_U
-        )
+        told = sharded_log_probs(precision, head.layout, draw, hidden_UD, head.w_DV, targets_U)
     shape = targets_BT.shape
     return told.log_prob_U.reshape(shape), told.entropy_U.reshape(shape)
 
@@ -183,7 +193,7 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def whole_log_probs(
     precision: Precision,
-    temperature: float,
+    draw: Draw,
     hidden_UD: Float[Array, "U D"],
     head_DV: Float[Array, "D V"],
     targets_U: Int[Array, " U"],
@@ -192,23 +202,29 @@ def whole_log_probs(
 
     Args:
         precision: runs the head's contraction.
-        temperature: divides logits.
+        draw: how targets were drawn.
         hidden_UD: after the final norm.
         head_DV: the head.
         targets_U: int32 next tokens.
     """
-    return _whole_forward(precision, temperature, hidden_UD, head_DV, targets_U)[0]
+    return _whole_forward(precision, draw, hidden_UD, head_DV, targets_U)[0]
 
 
 @jax.named_scope("head")
-def _scaled_logits(precision, temperature, hidden_UD, w_DV):
-    return precision.linear(hidden_UD, w_DV, "ud,dv->uv", role="head") / temperature
+def _drawn_logits(precision, draw, hidden_UD, w_DV, id_V):
+    """Logits over the temperature; far below all others for ids that were never drawn."""
+    logits_UV = precision.linear(hidden_UD, w_DV, "ud,dv->uv", role="head") / draw.temperature
+    if draw.allowed is None:
+        return logits_UV
+    return jnp.where(id_V < draw.allowed, logits_UV, -1e30)  # finite: times 0 it is 0
 
 
-def _whole_forward(precision, temperature, hidden_UD, head_DV, targets_U):
+def _whole_forward(precision, draw, hidden_UD, head_DV, targets_U):
+    id_V = jnp.arange(head_DV.shape[1])
+
     def chunk(_, x):
         hidden, targets = x
-        logits_UV = _scaled_logits(precision, temperature, hidden, head_DV)
+        logits_UV = _drawn_logits(precision, draw, hidden, head_DV, id_V)
         top_U = logits_UV.max(axis=-1)
         exp_UV = jnp.exp(logits_UV - top_U[:, None])
         sum_U = exp_UV.sum(axis=-1)
@@ -222,15 +238,16 @@ def _whole_forward(precision, temperature, hidden_UD, head_DV, targets_U):
     return Told(log_prob_U, entropy_U), (hidden_UD, head_DV, targets_U, lse_U)
 
 
-def _whole_backward(precision, temperature, saved, cotangent):
+def _whole_backward(precision, draw, saved, cotangent):
     hidden_UD, head_DV, targets_U, lse_U = saved
+    id_V = jnp.arange(head_DV.shape[1])
 
     def chunk(d_head_DV, x):
         hidden, targets, lse, d_log_prob = x
         logits_UV, pullback = jax.vjp(
-            lambda h, w: _scaled_logits(precision, temperature, h, w), hidden, head_DV
+            lambda h, w: _drawn_logits(precision, draw, h, w, id_V), hidden, head_DV
         )
-        is_target_UV = targets[:, None] == jnp.arange(head_DV.shape[1])
+        is_target_UV = targets[:, None] == id_V
         d_logits_UV = (is_target_UV - jnp.exp(logits_UV - lse[:, None])) * d_log_prob[:, None]
         d_hidden, d_head = pullback(d_logits_UV)
         return d_head_DV + d_head.astype(jnp.float32), d_hidden
@@ -273,7 +290,7 @@ def sharded_cross_entropy(
     Returns:
         float32 scalar, nats; of this device's tokens.
     """
-    told = sharded_log_probs(precision, layout, 1.0, hidden_UD, head_dv, targets_U)
+    told = sharded_log_probs(precision, layout, Draw(), hidden_UD, head_dv, targets_U)
     return -jnp.sum(jax.lax.stop_gradient(weights_U) * told.log_prob_U)
 
 
@@ -281,7 +298,7 @@ def sharded_cross_entropy(
 def sharded_log_probs(
     precision: Precision,
     layout: Layout,
-    temperature: float,
+    draw: Draw,
     hidden_UD: Float[Array, "U D"],
     head_dv: Float[Array, "_D _V"],
     targets_U: Int[Array, " U"],
@@ -296,12 +313,12 @@ def sharded_log_probs(
     Args:
         precision: runs the head's contraction.
         layout: mesh axes of the head's dimensions.
-        temperature: divides logits.
+        draw: how targets were drawn.
         hidden_UD: after the final norm.
         head_dv: this device's part of the head.
         targets_U: int32 next tokens.
     """
-    return _sharded_forward(precision, layout, temperature, hidden_UD, head_dv, targets_U)[0]
+    return _sharded_forward(precision, layout, draw, hidden_UD, head_dv, targets_U)[0]
 
 
 def _columns(hidden_UD, head_dv, layout) -> tuple[int, int]:
@@ -318,20 +335,27 @@ def _place(targets_U, local: int, columns: int):
     return here_U // columns, device_U * columns + here_U % columns
 
 
+def _ids(local: int, columns: int, chunk, gathered: int):
+    """The ids of the columns of a gathered chunk, the inverse of `_place`."""
+    column_V = jnp.arange(gathered)
+    return column_V // columns * local + chunk * columns + column_V % columns
+
+
 @jax.named_scope("head")
 def _gathered(precision, layout, head_dv, chunk, columns):
     part = jax.lax.dynamic_slice_in_dim(head_dv, chunk * columns, columns, axis=1)
     return island.whole(part, layout, ((), ()), precision.compute_dtype)
 
 
-def _sharded_forward(precision, layout, temperature, hidden_UD, head_dv, targets_U):
+def _sharded_forward(precision, layout, draw, hidden_UD, head_dv, targets_U):
     chunks, columns = _columns(hidden_UD, head_dv, layout)
     chunk_U, column_U = _place(targets_U, head_dv.shape[1], columns)
 
     def step(carry, chunk):
         top_U, sum_U, weighed_U, target_U = carry
         w = _gathered(precision, layout, head_dv, chunk, columns)
-        logits_UV = _scaled_logits(precision, temperature, hidden_UD, w)
+        id_V = _ids(head_dv.shape[1], columns, chunk, w.shape[1])
+        logits_UV = _drawn_logits(precision, draw, hidden_UD, w, id_V)
         new_U = jnp.maximum(top_U, logits_UV.max(axis=-1))
         shrunk_U, exp_UV = jnp.exp(top_U - new_U), jnp.exp(logits_UV - new_U[:, None])
         sum_U = sum_U * shrunk_U + exp_UV.sum(axis=-1)
@@ -348,7 +372,7 @@ def _sharded_forward(precision, layout, temperature, hidden_UD, head_dv, targets
     return told, (hidden_UD, head_dv, targets_U, lse_U)
 
 
-def _sharded_backward(precision, layout, temperature, saved, cotangent):
+def _sharded_backward(precision, layout, draw, saved, cotangent):
     hidden_UD, head_dv, targets_U, lse_U = saved
     chunks, columns = _columns(hidden_UD, head_dv, layout)
     chunk_U, column_U = _place(targets_U, head_dv.shape[1], columns)
@@ -358,8 +382,9 @@ def _sharded_backward(precision, layout, temperature, saved, cotangent):
         w, store = jax.vjp(
             lambda head_dv: _gathered(precision, layout, head_dv, chunk, columns), head_dv
         )
+        id_V = _ids(head_dv.shape[1], columns, chunk, w.shape[1])
         logits_UV, pullback = jax.vjp(
-            lambda h, w: _scaled_logits(precision, temperature, h, w), hidden_UD, w
+            lambda h, w: _drawn_logits(precision, draw, h, w, id_V), hidden_UD, w
         )
         is_target_UV = column_U[:, None] == jnp.arange(logits_UV.shape[1])
         is_target_UV = is_target_UV & (chunk_U == chunk)[:, None]

@@ -65,9 +65,9 @@ def _compile(request: dict, config: Config, mesh: Mesh) -> dict:
             model = merge(graphdef, params, bias)
             if request["program"] == "decode":
                 running_B = length_B > 0
-                return decode(model, tokens, length_B, running_B, entries, table_BX)
+                return decode(model, tokens, length_B, running_B, entries, table_BX)[:2]
             chunk = config.infer.prefill_chunk
-            return prefill(model, tokens, length_B, entries, table_BX, chunk=chunk)
+            return prefill(model, tokens, length_B, entries, table_BX, chunk=chunk)[:2]
 
         arguments = params, bias, tokens, length_B, entries, table_BX
         return island.run(local, (by_row, specs), *arguments)
