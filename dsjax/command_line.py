@@ -11,7 +11,7 @@ from pathlib import Path
 from dsjax.errors import nearest
 
 _FOLDER = Path(__file__).resolve().parent.parent / "experiments"
-_NOT_SCRIPTS = {"__init__", "command"}
+_NOT_SCRIPTS = {"__init__", "command", "running"}
 
 
 def main(argv: list[str] | None = None) -> int:

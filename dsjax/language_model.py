@@ -4,7 +4,6 @@ Knows nothing about how a model was trained beyond the folder it lies in.
 """
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from dsjax.interop.published import (
     check_requantize,
     checked_dtype,
     checked_scale_format,
+    ending_ids,
     keeps_types,
     scale_format_of,
 )
@@ -237,20 +237,9 @@ class LanguageModel:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a sequence: the tokenizer's, and a published `generation_config.json`'s.
-
-        Llama-3's chat models end their turn with another token than their text.
-        """
-        found = [] if self.tokenizer is None else [self.tokenizer.eos_id]
-        if self.generation is not None:
-            try:
-                ends = json.loads(self.generation).get("eos_token_id")
-            except (ValueError, AttributeError, RecursionError) as error:
-                raise InputError(f"{GENERATION_FILE} is malformed: {error}") from error
-            ends = ends if isinstance(ends, list) else [ends]
-            vocab_size = self.config.model.vocab_size
-            found += [end for end in ends if type(end) is int and 0 <= end < vocab_size]
-        return tuple(dict.fromkeys(found))
+        """Tokens that end a sequence: the tokenizer's, and a `generation_config.json`'s."""
+        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
+        return ending_ids(eos_id, self.generation, self.config.model.vocab_size)
 
     def generate_tokens(
         self,

@@ -12,7 +12,6 @@ import types
 import typing
 from typing import Any, Literal
 
-from dsjax.config import Config
 from dsjax.errors import InputError, nearest
 
 
@@ -121,8 +120,8 @@ def _scalar_from_json(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def override(config: Config, *assignments: str) -> Config:
-    """Applies `dotted.path=value` assignments, in their order, and then checks the whole.
+def override[C](config: C, *assignments: str) -> C:
+    """Applies `dotted.path=value` assignments to a dataclass, in order, and then checks the whole.
 
     A path goes through fields, tuple indices and stack names
     (`model.stacks.moe.blocks.0.ffn.num_experts=8`); a value is JSON, or a bare string where it is

@@ -590,6 +590,32 @@ def tiny() -> Config:
     )
 
 
+def tiny_reasoner() -> Config:
+    """The base of `make r1zero`: learns the form of an answer on two cores in minutes."""
+    attention = MlaConfig(
+        num_heads=4, q_latent_dim=None, kv_latent_dim=64, nope_dim=32, rope_dim=16, value_dim=32
+    )
+    moe = MoeConfig(num_experts=8, num_experts_per_token=2, expert_dim=128, gate_scale=2.5)
+    return Config(
+        model=ModelConfig(
+            vocab_size=512,
+            embed_dim=128,
+            stacks=_dense_then_experts(
+                attention, dense_layers=1, dense_dim=384, moe_layers=2, moe=moe
+            ),
+            init_std=0.02,
+            max_positions=512,
+        ),
+        train=TrainConfig(
+            seq_len=256,
+            batch_size=16,
+            total_tokens=400 * 16 * 256,
+            optimizer=OptimizerConfig(learning_rate=2e-3, schedule=v3_learning_rate(warmup=0.05)),
+            bias_speed=v3_bias_speed(5e-3),
+        ),
+    )
+
+
 def tiny_wide() -> Config:
     """For questions of precision: contractions of 256 or more, an expert's rows on average."""
     attention = MlaConfig(
@@ -739,7 +765,7 @@ def presets() -> dict[str, Callable[[], Config]]:
         *(deepseek_v2_lite, deepseek_v2, deepseek_v3),
         *(r1_distill_qwen_1_5b, r1_distill_qwen_7b, r1_distill_qwen_14b, r1_distill_qwen_32b),
         *(r1_distill_llama_8b, r1_distill_llama_70b, deepseek_llm_7b, deepseek_coder_6_7b),
-        *(nano, nano_dense, tiny, tiny_context, tiny_wide, v3_20m, small),
+        *(nano, nano_dense, tiny, tiny_context, tiny_reasoner, tiny_wide, v3_20m, small),
     )
     return {make.__name__: make for make in known}
 

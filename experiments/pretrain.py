@@ -11,16 +11,14 @@ that the run could not go on (disk full, loss not finite); what was saved is sti
 import dataclasses
 import os
 import sys
-from typing import Any
 
-import jax
 from absl import flags
 
 from dsjax import load_pretrained
 from dsjax.config import Config
-from dsjax.errors import InputError, RunError
+from dsjax.errors import InputError
 from dsjax.interop.published import Published, is_published
-from dsjax.meshes import check_training, spread_of
+from dsjax.meshes import check_training
 from dsjax.overrides import override
 from dsjax.plan.count import parameter_counts
 from dsjax.presets import preset
@@ -29,8 +27,7 @@ from dsjax.train.loop import PretrainResult, pretrain
 from dsjax.train.pictures import check_picture, plot_schedule
 from dsjax.train.recipe import describe, schedule_rows
 from dsjax.workdir import COMPILED, CONFIG_FILE, read_run
-from experiments import command
-from sharding.distributed import start
+from experiments import command, running
 
 FLAGS = command.define_flags(default_preset="tiny", default_workdir=None)
 flags.DEFINE_integer(
@@ -43,15 +40,7 @@ flags.DEFINE_string(
     "then takes the place of the preset's.",
     flag_values=FLAGS,
 )
-flags.DEFINE_string(
-    "coordinator",
-    None,
-    "host:port of process 0, where several processes are one run; auto: SLURM, Kubernetes or a TPU "
-    "pod says who they are. Each process gives the same flags but --process_id.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer("process_id", None, "This process's number, from 0.", flag_values=FLAGS)
-flags.DEFINE_integer("num_processes", None, "How many there are.", flag_values=FLAGS)
+running.define_processes(FLAGS)
 flags.DEFINE_bool("dry_run", False, "Prints the schedule and trains nothing.", flag_values=FLAGS)
 flags.DEFINE_string("picture", None, "Where --dry_run draws the schedule.", flag_values=FLAGS)
 flags.DEFINE_multi_string(
@@ -77,14 +66,7 @@ def _body(values: flags.FlagValues) -> None:
         if not prompt or prompt.encode(errors="ignore").decode() != prompt:
             raise InputError(f"--sample={prompt!r} is no text to continue")
     command.keep_compiled(os.path.join(values.workdir, COMPILED))
-    several = start(
-        values.coordinator,
-        values.process_id,
-        values.num_processes,
-        refusal=InputError,
-        loss=RunError,
-    )
-    with several as processes:
+    with running.joined(values) as processes:
         result = pretrain(
             config,
             values.workdir,
@@ -99,20 +81,8 @@ def _body(values: flags.FlagValues) -> None:
 
 def _report(values: flags.FlagValues, config: Config, result: PretrainResult) -> None:
     """Prints how the run went, and some text that it can write by now."""
-    if result.before is None or result.after is None:
-        print(f"stopped by {result.stopped_by} at step {result.step}; the same command goes on")
+    if not running.tell(result) or (where := running.place(config)) is None:
         return
-    for label, figures in (("before", result.before), ("after", result.after)):
-        loss, bits = figures["eval_loss"], figures["bits_per_byte"]
-        print(f"held-out loss {label}: {loss:.4f} nats a token, {bits:.4f} bits a byte")
-    if result.tokens_per_s is not None:
-        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in result.shares.items())
-        print(f"{result.tokens_per_s:,.0f} tokens/s; wall time: {shares}")
-    mesh = spread_of(config.mesh).mesh if jax.process_count() == 1 else None
-    if config.mesh.num_devices > 1 and mesh is None:
-        print("no samples: a model of several processes; experiments.generate loads it")
-        return
-    where: dict[str, Any] = {} if mesh is None else {"mesh": mesh, "rules": config.mesh.rules}
     lm = load_pretrained(values.workdir, **where)
     assert lm.tokenizer is not None  # every run has one
     for prompt in values.sample:

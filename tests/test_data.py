@@ -558,7 +558,7 @@ def test_batch_larger_than_the_corpus():
 
 def test_eval_batches_hold_every_row_once_and_fill_up_with_padding():
     rows = numbered_rows(5)
-    batches = eval_batches(rows, 2)
+    batches = eval_batches([rows], 2)
     assert [set(batch) for batch in batches] == [KEYS] * 3
     assert all(array.shape == (2, 4) for batch in batches for array in batch.values())
     tokens = np.concatenate([batch["tokens_BT"] for batch in batches])

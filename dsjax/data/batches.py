@@ -7,6 +7,7 @@ Legend: B rows in a batch, T positions in a row.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from dsjax.data.mixing import deal
 from dsjax.data.on_the_fly import Encoder, Stream
-from dsjax.data.packing import PackedRows, Row
+from dsjax.data.packing import Row, Rows
 from dsjax.data.workers import Workers
 from dsjax.errors import InputError
 
@@ -134,7 +135,7 @@ class RowBatches:
 
     def __init__(
         self,
-        sources: Sequence[PackedRows],
+        sources: Sequence[Rows],
         shares: Sequence[int],
         seeds: Sequence[int],
         shuffle: bool,
@@ -277,19 +278,19 @@ class StreamReader:
         )
 
 
-def eval_batches(rows: PackedRows, batch_size: int) -> list[Batch]:
-    """All rows, once and in order; the last batch is filled up with rows of padding.
+def eval_batches(parts: Sequence[Rows], batch_size: int) -> list[Batch]:
+    """All rows of all parts, once and in order; the last batch is filled with rows of padding.
 
     Raises:
         ValueError: if the batch size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    rows = (part[i] for part in parts for i in range(len(part)))
     batches = []
-    for start in range(0, len(rows), batch_size):
-        chosen = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        chosen += [rows.padding()] * (batch_size - len(chosen))
-        batches.append(_stacked(chosen))
+    for some in itertools.batched(rows, batch_size):
+        padding = [parts[0].padding()] * (batch_size - len(some))
+        batches.append(_stacked([*some, *padding]))
     return batches
 
 

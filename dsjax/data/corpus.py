@@ -3,10 +3,14 @@
 Knows nothing about models or steps.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from dsjax.config import DataConfig
 from dsjax.data.batches import (
@@ -17,13 +21,16 @@ from dsjax.data.batches import (
     TrainBatches,
     eval_batches,
 )
+from dsjax.data.conversations import ConversationEncoder, TrainingText
 from dsjax.data.fim import marks
+from dsjax.data.fitting import FittedRows
 from dsjax.data.index import Documents, split_sources
 from dsjax.data.mixing import whole_shares
 from dsjax.data.on_the_fly import Encoder
 from dsjax.data.packing import PackedRows, TokenStream, tokenise
-from dsjax.data.token_cache import cache_folder, open_tokens
+from dsjax.data.token_cache import TokenFiles, cache_folder, open_tokens
 from dsjax.errors import InputError
+from dsjax.interop.templates import template_text
 from dsjax.interop.tokenizer import SAMPLE_BYTES, Tokenizer
 
 
@@ -35,7 +42,7 @@ class Corpus:
         tokenizer: what its tokens mean.
         train: endless micro-batches of this process's rows.
         held_out: the whole held-out split, the same in every process.
-        held_out_bytes: the UTF-8 bytes of its documents.
+        held_out_bytes: the UTF-8 bytes of its documents; of conversations, of what is learnt.
     """
 
     tokenizer: Tokenizer
@@ -49,7 +56,7 @@ def find_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
 
     Args:
         data: its `tokenizer` is "train" (learned from the training documents), "deepseek", or a
-            folder.
+            folder; its `chat_template` takes the place of the tokenizer's own.
         vocab_size: V; what is learned has at most so many ids.
 
     Raises:
@@ -57,9 +64,8 @@ def find_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     """
     if data.tokenizer == "train":
         train, _ = split_sources(data, cache_folder(data))
-        texts = (text for documents in _sample(train) for text in documents.texts())
-        return Tokenizer.train(texts, vocab_size)
-    if data.tokenizer == "deepseek":
+        tokenizer = Tokenizer.train(_training_texts(data, _sample(train)), vocab_size)
+    elif data.tokenizer == "deepseek":
         tokenizer = Tokenizer.published()
     else:
         tokenizer = Tokenizer.load(data.tokenizer)
@@ -68,7 +74,32 @@ def find_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
             f"data.tokenizer {data.tokenizer!r} has {tokenizer.vocab_size} ids, more than "
             f"model.vocab_size {vocab_size}"
         )
-    return tokenizer
+    return with_template(data, tokenizer)
+
+
+def with_template(data: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the chat template that a configuration names, if it names one.
+
+    Raises:
+        InputError: if there is no such template.
+    """
+    if data.chat_template is None:
+        return tokenizer
+    return tokenizer.with_template(template_text(data.chat_template))
+
+
+def rows_an_epoch(data: DataConfig, tokenizer: Tokenizer, seq_len: int) -> int:
+    """How many rows give every training document once.
+
+    Raises:
+        InputError: if rows are made on the fly, whose number nobody knows, or sources have weights,
+            by which they end at different times; and as `open_corpus`.
+    """
+    if data.tokenise != "cached" or data.sources[0].weight is not None:
+        raise InputError("epochs are counted in rows of cached tokens and sources without weights")
+    train, _ = split_sources(data, cache_folder(data))
+    rows = _Rows(data, tokenizer, seq_len)
+    return sum(len(rows.of(documents, data.fim_rate, 0)) for documents in train if len(documents))
 
 
 def open_corpus(
@@ -127,13 +158,14 @@ def open_corpus(
     used = [number for number, documents in enumerate(train) if len(documents)]
     seeds = [(seed + number * 0x9E3779B1) % 2**32 for number in used]  # all different
     weights = [data.sources[number].weight for number in used]
+    made = _Rows(data, tokenizer, seq_len)
     if cached:
         packed = [
-            PackedRows(
-                open_tokens(train[number], tokenizer, data.fim_rate, cache_dir), seq_len, order_seed
-            )
+            made.of(train[number], data.fim_rate, order_seed)
             for number, order_seed in zip(used, seeds, strict=True)
         ]
+        for number, source in zip(used, packed, strict=True):
+            _tell_too_long(train[number], source, "training")
         shares = _shares(weights, [len(source) for source in packed])
         batches = RowBatches(packed, shares, seeds, data.shuffle, rows, micro_batch_size)
         reader = DirectReader(batches, data.workers)
@@ -162,12 +194,15 @@ def open_corpus(
         "seed": seed,
         "shuffle": data.shuffle,
     }
-    held_out_stream = _held_out(held_out, tokenizer, cache_dir if cached else None)
+    if data.has_conversations:
+        made_of["chat_template"] = _digest(tokenizer.chat_template)
+        made_of["too_long"] = data.too_long
+    held_out_batches, held_out_bytes = _held_out(made, held_out, eval_batch_size)
     return Corpus(
         tokenizer=tokenizer,
         train=TrainBatches(reader, made_of, [source.path for source in data.sources]),
-        held_out=eval_batches(PackedRows(held_out_stream, seq_len, None), eval_batch_size),
-        held_out_bytes=held_out_stream.num_bytes,
+        held_out=held_out_batches,
+        held_out_bytes=held_out_bytes,
     )
 
 
@@ -189,19 +224,101 @@ def _sample(sources: Sequence[Documents]) -> list[Documents]:
     return [documents.select(mask) for documents, mask in zip(sources, masks, strict=True)]
 
 
-def _held_out(sources: Sequence[Documents], tokenizer: Tokenizer, cache_dir) -> TokenStream:
-    """The held-out documents of all sources, one source after another; never transformed."""
-    if cache_dir is None:
+def _training_texts(data: DataConfig, sources: Sequence[Documents]) -> Iterator[str]:
+    """What a tokenizer is learned from; conversations as they will be written."""
+    named = data.chat_template
+    written: TrainingText | None = None
+    for documents in sources:
+        if not documents.conversations:
+            yield from documents.texts()
+            continue
+        if written is None:
+            written = TrainingText(None if named is None else template_text(named))
+        for number, text in enumerate(documents.texts()):
+            try:
+                yield written(text)
+            except InputError as error:
+                raise documents.located(number, error) from error
+
+
+class _Rows:
+    """Makes rows of documents, with one process for the template of all conversations."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, seq_len: int):
+        self.data, self.tokenizer, self.seq_len = data, tokenizer, seq_len
+        self._cache_dir = cache_folder(data)
+        self._converse = ConversationEncoder(tokenizer)
+
+    def tokens(self, documents: Documents, fim_rate: float) -> TokenFiles:
+        """The tokens of a source, in files."""
+        return open_tokens(documents, self.tokenizer, fim_rate, self._cache_dir, self._converse)
+
+    def of(
+        self, documents: Documents, fim_rate: float, order_seed: int | None
+    ) -> PackedRows | FittedRows:
+        """The rows of a source, from token files."""
+        tokens = self.tokens(documents, fim_rate)
+        if not documents.conversations:
+            return PackedRows(tokens, self.seq_len, order_seed)
+        rows = FittedRows(tokens, self.seq_len, order_seed, self.data.too_long)
+        if not len(rows):
+            raise InputError(
+                f"source {documents.path!r}: none of {len(documents)} conversations fits rows of "
+                f"{self.seq_len} tokens"
+            )
+        return rows
+
+
+def _tell_too_long(documents: Documents, rows: PackedRows | FittedRows, side: str) -> None:
+    """Says which conversations of a source find no room."""
+    if isinstance(rows, FittedRows) and (rows.num_cut or rows.num_dropped):
+        line = (
+            f"{documents.path}: of {len(documents)} {side} conversations, {rows.num_cut} are cut "
+            f"at {rows.seq_len + 1} tokens, and {rows.num_dropped} longer ones left out"
+        )
+        tqdm.write(line, file=sys.stderr)
+
+
+def _digest(template: str | dict[str, str] | None) -> str:
+    return hashlib.sha256(json.dumps(template).encode()).hexdigest()[:16]
+
+
+def _held_out(
+    made: _Rows, sources: Sequence[Documents], batch_size: int
+) -> tuple[list[Batch], int]:
+    """All held-out documents in batches, never transformed, and the bytes of what is predicted."""
+    found = [documents for documents in sources if len(documents)]
+    texts = [documents for documents in found if not documents.conversations]
+    parts: list[PackedRows | FittedRows] = []
+    num_bytes = 0
+    if texts:
+        stream = _text_stream(made, texts)
+        parts.append(PackedRows(stream, made.seq_len, None))
+        num_bytes += stream.num_bytes
+    vocabulary = range(made.tokenizer.vocab_size)
+    bytes_of = np.array([len(made.tokenizer.token_bytes(token_id)) for token_id in vocabulary])
+    for documents in found:
+        if documents.conversations:
+            rows = made.of(documents, 0.0, None)
+            _tell_too_long(documents, rows, "held-out")
+            for row in (rows[number] for number in range(len(rows))):
+                num_bytes += int(bytes_of[row["targets_T"][row["weights_T"] > 0]].sum())
+            parts.append(rows)
+    return eval_batches(parts, batch_size), num_bytes
+
+
+def _text_stream(made: _Rows, sources: Sequence[Documents]) -> TokenStream:
+    """The documents of all sources, one source after another."""
+    if made.data.tokenise != "cached":
         texts = (text for documents in sources for text in documents.texts())
-        return tokenise(texts, tokenizer)
-    sources = [documents for documents in sources if len(documents)]
-    files = [open_tokens(documents, tokenizer, 0.0, cache_dir) for documents in sources]
+        return tokenise(texts, made.tokenizer)
+    files = [made.tokens(documents, 0.0) for documents in sources]
     tokens = [source.read(0, int(source.offsets[-1])) for source in files]
     lengths = [np.diff(source.offsets) for source in files]
     return TokenStream(
         tokens=np.concatenate(tokens),
         offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)]),
         document_bytes=np.concatenate([documents.size for documents in sources]),
-        vocab_size=tokenizer.vocab_size,
-        pad_id=tokenizer.pad_id,
+        vocab_size=made.tokenizer.vocab_size,
+        pad_id=made.tokenizer.pad_id,
     )

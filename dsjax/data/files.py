@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from dsjax.data.conversations import as_text
 from dsjax.errors import InputError, nearest
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -49,10 +50,16 @@ class File(Protocol):
         ...
 
 
-def open_file(path: str, text_field: str) -> File:
-    """The kind of file that its name says; opens nothing yet."""
+def open_file(path: str, text_field: str, conversations: bool = False) -> File:
+    """The kind of file that its name says; opens nothing yet.
+
+    Raises:
+        InputError: if it is to hold conversations, and no line of it could.
+    """
     if path.endswith((".jsonl", ".jsonl.gz")):
-        return JsonLines(path, text_field)
+        return JsonLines(path, text_field, conversations)
+    if conversations:
+        raise InputError(f"{path!r}: conversations are read from .jsonl and .jsonl.gz files alone")
     if path.endswith(".parquet"):
         return ParquetTable(path, text_field)
     if path.endswith(".arrayrecord"):
@@ -94,10 +101,15 @@ class TextFile:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Objects of JSON, one a line; blank lines are passed over. A place is a byte offset."""
+    """Objects of JSON, one a line; blank lines are passed over. A place is a byte offset.
+
+    An object is a text under `text_field`, or as a whole a conversation, whose text is
+    `dsjax.data.conversations.as_text`'s.
+    """
 
     path: str
     text_field: str
+    conversations: bool = False
 
     @property
     def random_access(self) -> bool:
@@ -139,6 +151,14 @@ class JsonLines:
         """Path and offset."""
         return f"{Path(self.path).as_posix()}:{place}"
 
+    def where(self, place: int) -> str:
+        """The line; reads the file up to it."""
+        offset, number = 0, 0
+        with self._open() as lines:
+            while offset <= place and (line := lines.readline()):
+                offset, number = offset + len(line), number + 1
+        return f"line {number}"
+
     def _open(self) -> gzip.GzipFile | io.BufferedReader:
         return gzip.open(self.path) if self.path.endswith(".gz") else open(self.path, "rb")
 
@@ -150,6 +170,11 @@ class JsonLines:
             raise InputError(f"{self.path!r}, {where}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f"{self.path!r}, {where}: not a JSON object")
+        if self.conversations:
+            try:
+                return as_text(row)
+            except InputError as error:
+                raise InputError(f"{self.path!r}, {where}: {error}") from error
         if self.text_field not in row:
             raise InputError(
                 f"{self.path!r}, {where}: no field {self.text_field!r}"

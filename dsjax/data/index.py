@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dsjax.config import DataConfig, SourceConfig
 from dsjax.data import DataError, recall, sources
-from dsjax.data.files import File
+from dsjax.data.files import File, JsonLines
 from dsjax.data.sources import check_sides, hash_keys, source_files, too_small
 from dsjax.durable import write_durably
 from dsjax.errors import InputError
@@ -42,6 +42,7 @@ class Documents:
         size: [documents] int64, bytes of UTF-8.
         order_key, split_key: [documents] uint64, see `hash_keys`.
         skipped: documents without text, which are not among these.
+        conversations: whether the texts are those of `dsjax.data.conversations`.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Documents:
     order_key: np.ndarray
     split_key: np.ndarray
     skipped: int = 0
+    conversations: bool = False
 
     def __len__(self) -> int:
         return len(self.size)
@@ -99,6 +101,12 @@ class Documents:
             raise DataError(f"{self._changed(document)}: {error}") from error
         return self._checked(document, text)
 
+    def located(self, document: int, error: InputError) -> InputError:
+        """The same error with the file and line in which the document stands."""
+        file, place = self.files[self.file_number[document]], int(self.place[document])
+        where = file.where(place) if isinstance(file, JsonLines) else file.name(place)
+        return InputError(f"{file.path!r}, {where}: {error}")
+
     def fingerprint(self) -> str:
         """A hash of the texts and their order; names and places do not count."""
         digest = hashlib.sha256(f"{len(self)}".encode())
@@ -138,7 +146,13 @@ def index_documents(source: SourceConfig, cache_dir: str | os.PathLike | None) -
             with contextlib.suppress(OSError):  # it only saves time
                 _save(memo, found)
     arrays = {name: found[name] for name in _ARRAYS}
-    documents = Documents(source.path, files, skipped=int(found["skipped"]), **arrays)
+    documents = Documents(
+        source.path,
+        files,
+        skipped=int(found["skipped"]),
+        conversations=source.format == "conversations",
+        **arrays,
+    )
     if documents.skipped:
         line = f"{source.path}: {documents.skipped} documents without text are left out"
         tqdm.write(line, file=sys.stderr)
@@ -227,7 +241,7 @@ def _state(source: SourceConfig, files: Sequence[File]) -> str:
     for path in paths:
         stat = os.stat(path)
         seen.append([os.path.abspath(path), stat.st_size, stat.st_mtime_ns])
-    what = json.dumps([_VERSION, source.path, source.text_field, seen])
+    what = json.dumps([_VERSION, source.path, source.text_field, source.format, seen])
     return hashlib.sha256(what.encode()).hexdigest()[:32]
 
 

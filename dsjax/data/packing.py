@@ -39,6 +39,21 @@ class Tokens(Protocol):
         ...
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """Rows of one length, to be had in any order: `PackedRows`, `dsjax.data.fitting.FittedRows`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`, as `pack_row` describes it."""
+        ...
+
+    def padding(self) -> Row:
+        """A row of padding alone, which fills the last batch of an evaluation."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class TokenStream:
     """Documents' tokens laid end to end, each document ended by EOS.
@@ -131,7 +146,12 @@ def document_order(num_documents: int, seed: int, epoch: int = 0) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def pack_row(pieces: Sequence[np.ndarray], seq_len: int, pad_id: int) -> Row:
+def pack_row(
+    pieces: Sequence[np.ndarray],
+    seq_len: int,
+    pad_id: int,
+    learnt: Sequence[np.ndarray] | None = None,
+) -> Row:
     """One row from the documents, or parts of documents, that lie in it.
 
     Args:
@@ -139,27 +159,30 @@ def pack_row(pieces: Sequence[np.ndarray], seq_len: int, pad_id: int) -> Row:
             nothing follows.
         seq_len: T.
         pad_id: the token that fills the row's end.
+        learnt: for each piece, which of its tokens are learnt; None learns all.
 
     Returns:
         tokens_T, targets_T: int32; a target is the token that follows, in the next row if need be,
             and the padding token where nothing follows.
         segments_T: int32, 1, 2, ... for the documents in the row; 0 is padding.
         positions_T: int32, from 0 at the start of each segment in the row; 0 in padding.
-        weights_T: float32, 1 where the target belongs to the token's document, else 0: the EOS of
-            a document predicts nothing.
+        weights_T: float32, 1 where the target belongs to the token's document and is learnt, else
+            0: the EOS of a document predicts nothing.
     """
     lengths = np.array([len(piece) for piece in pieces], np.int64)
     tokens = np.concatenate([np.zeros(0, np.int32), *pieces]).astype(np.int32)
     segments = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.int32), lengths)
     positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    same_document = (segments[1:] == segments[:-1]).astype(np.float32)
+    predicted = segments[1:] == segments[:-1]
+    if learnt is not None:
+        predicted &= np.concatenate(learnt)[1:]
 
     return {
         "tokens_T": _filled(tokens, seq_len, pad_id),
         "targets_T": _filled(tokens[1:], seq_len, pad_id),
         "segments_T": _filled(segments, seq_len, 0),
         "positions_T": _filled(positions.astype(np.int32), seq_len, 0),
-        "weights_T": _filled(same_document, seq_len, 0),
+        "weights_T": _filled(predicted.astype(np.float32), seq_len, 0),
     }
 
 

@@ -61,6 +61,9 @@ def source_files(source: SourceConfig) -> list[File]:
     Raises:
         InputError: if the source is unknown, matches nothing, or is not installed.
     """
+    conversations = source.format == "conversations"
+    if conversations and source.path.startswith("builtin:"):
+        raise InputError(f"source {source.path!r} holds no conversations")
     if source.path == "builtin:python":
         return list(_python_files())
     if source.path == "builtin:functions":
@@ -71,7 +74,7 @@ def source_files(source: SourceConfig) -> list[File]:
         return [_Recall()]
     if source.path.startswith("builtin:"):
         raise InputError(f"unknown source {source.path!r}{nearest(source.path, BUILTINS)}")
-    return [open_file(path, source.text_field) for path in _matches(source.path)]
+    return [open_file(path, source.text_field, conversations) for path in _matches(source.path)]
 
 
 def read_documents(config: DataConfig) -> list[Document]:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dsjax.config import DataConfig
 from dsjax.data import DataError
+from dsjax.data.conversations import ConversationEncoder
 from dsjax.data.index import Documents
 from dsjax.data.packing import encode, token_dtype
 from dsjax.durable import write_durably
@@ -107,7 +108,11 @@ def cache_folder(data: DataConfig) -> Path:
 
 
 def open_tokens(
-    documents: Documents, tokenizer: Tokenizer, fim_rate: float, cache_dir: str | os.PathLike
+    documents: Documents,
+    tokenizer: Tokenizer,
+    fim_rate: float,
+    cache_dir: str | os.PathLike,
+    converse: ConversationEncoder,
 ) -> TokenFiles:
     """Opens the tokens of documents, and makes first what is missing or damaged.
 
@@ -117,15 +122,21 @@ def open_tokens(
     Args:
         documents: in the order that the tokens shall have.
         tokenizer: what encodes them.
-        fim_rate: the share of documents that `dsjax.data.fim` transforms.
+        fim_rate: the share of documents that `dsjax.data.fim` transforms; no conversations.
         cache_dir: the folder of all caches.
+        converse: what encodes conversations, with the same tokenizer.
+
+    Returns:
+        The tokens; of conversations, with the bit of `dsjax.data.conversations`.
 
     Raises:
-        InputError: if the folder cannot be written.
+        InputError: if the folder cannot be written, or a conversation not be encoded.
         DataError: if a document changes while it is read.
     """
     # The documents' fingerprint says all that the split and the limit of bytes have decided.
     what = [_VERSION, _SHARD_BYTES, documents.fingerprint(), tokenizer.fingerprint, fim_rate]
+    if documents.conversations:
+        what = [*what[:-1], "conversations", tokenizer.chat_template]
     folder = Path(cache_dir, hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32])
     # A shard begins with the document in which the next 16 MiB begin.
     ends = np.cumsum(documents.size)
@@ -136,8 +147,9 @@ def open_tokens(
     except OSError as error:
         raise _unusable(folder, error) from error
     if None in names or not (folder / _MANIFEST).exists():
-        _make_missing(folder, names, documents, borders, tokenizer, fim_rate)
-    return _open(folder, names, borders, tokenizer)
+        _make_missing(folder, names, documents, borders, tokenizer, fim_rate, converse)
+    dtype = converse.dtype if documents.conversations else token_dtype(tokenizer)
+    return _open(folder, names, borders, tokenizer.pad_id, dtype)
 
 
 def _whole_shards(folder: Path, num_shards: int) -> list[str | None]:
@@ -180,15 +192,28 @@ def _make_missing(
     borders: Sequence[int],
     tokenizer: Tokenizer,
     fim_rate: float,
+    converse: ConversationEncoder,
 ) -> None:
     """Makes the shards that have no name yet, names them, and writes the manifest."""
     missing = [number for number, name in enumerate(names) if name is None]
     spans = [np.arange(borders[number], borders[number + 1]) for number in missing]
     wanted = documents.select(np.concatenate([np.zeros(0, int), *spans]))
     texts = wanted.texts()
+
+    def encoded(span: np.ndarray) -> Iterator[np.ndarray]:
+        if not documents.conversations:
+            yield from encode((next(texts) for _ in span), tokenizer, fim_rate)
+            return
+        for document in span.tolist():
+            text = next(texts)
+            try:
+                yield converse(text)
+            except InputError as error:
+                raise documents.located(document, error) from error
+
     with _bar(wanted.num_bytes, f"tokenise {documents.path}") as bar:
         for number, span in zip(missing, spans, strict=True):
-            tokens = list(encode((next(texts) for _ in span), tokenizer, fim_rate))
+            tokens = list(encoded(span))
             lengths = np.array([len(ids) for ids in tokens], "<i8").tobytes()
             content = np.concatenate(tokens).tobytes()
             checksum = hashlib.sha256(lengths + content).hexdigest()
@@ -205,7 +230,11 @@ def _make_missing(
 
 
 def _open(
-    folder: Path, names: Sequence[str | None], borders: Sequence[int], tokenizer: Tokenizer
+    folder: Path,
+    names: Sequence[str | None],
+    borders: Sequence[int],
+    pad_id: int,
+    dtype: np.dtype,
 ) -> TokenFiles:
     paths = [str(folder / name) for name in names if name is not None]
     lengths = [
@@ -215,11 +244,11 @@ def _open(
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
     return TokenFiles(
         offsets=offsets,
-        pad_id=tokenizer.pad_id,
+        pad_id=pad_id,
         paths=tuple(paths),
         sizes=tuple(os.path.getsize(path) for path in paths),
         starts=tuple(int(offsets[border]) for border in borders),
-        dtype=token_dtype(tokenizer),
+        dtype=dtype,
     )
 
 

@@ -148,22 +148,35 @@ class ChatTemplate:
             InputError: as `render`; for a conversation whose special token texts the template
                 reads, so that they cannot be told from its own; and for half a surrogate pair.
         """
-        source, now = self._source(tools), time.time()
-        inputs = self._inputs(messages, tools, variables)
-        rendered = self._render(source, inputs, add_generation_prompt, now)
+        guarded = self.guard(messages, tools=tools, kept=kept, now=time.time(), **variables)
+        return guarded.encode(guarded.text(add_generation_prompt=add_generation_prompt))
+
+    def guard(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools = None,
+        kept: Mapping[str, Sequence[str]] = KEPT,
+        now: float,
+        **variables: Any,
+    ) -> "GuardedChat":
+        """A conversation to be rendered and encoded in parts; see `encode_chat`.
+
+        Args:
+            messages: as in `render`.
+            tools: see `render`.
+            kept: see `encode_chat`.
+            now: the time that the template is told, in seconds since 1970.
+            variables: see `render`.
+
+        Raises:
+            InputError: for messages of another form.
+        """
+        source, inputs = self._source(tools), self._inputs(messages, tools, variables)
         given = json.dumps(inputs, ensure_ascii=False)
         unused = (chr(code) for code in range(0xF0000, 0xFFFFE))  # private use, plane 15
-        guard = next(c for c in unused if c not in given and c not in source and c not in rendered)
-        guarded = self._guarded(inputs, guard, kept)
-        if guarded == inputs:
-            return self.tokenizer.encode_rendered(rendered)
-        with_guard = self._render(source, guarded, add_generation_prompt, now)
-        if with_guard.replace(guard, "") != rendered:
-            raise InputError(
-                "the chat template reads special token texts within the messages, so that they "
-                "cannot be kept as text"
-            )
-        return self.tokenizer.encode_rendered(with_guard, guard)
+        guard = next(c for c in unused if c not in given and c not in source)
+        return GuardedChat(self, source, inputs, self._guarded(inputs, guard, kept), guard, now)
 
     def _source(self, tools: Tools) -> str:
         names = ("default",) if tools is None else ("tool_use", "default")
@@ -180,14 +193,13 @@ class ChatTemplate:
     ) -> dict[str, Any]:
         """Checked copies, which hold nothing but JSON's own types."""
         reads_parts = _READS_PARTS.search(self._source(tools)) is not None
-        if not isinstance(messages, (list, tuple)) or not messages:
-            raise InputError("messages must be a list of at least one message")
+        checked = check_messages(messages, reads_parts=reads_parts)
         if tools is not None and not (
             isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)
         ):
             raise InputError("tools must be a list of objects")
         return {
-            "messages": [_message(i, m, reads_parts) for i, m in enumerate(messages)],
+            "messages": checked,
             "tools": _plain("tools", tools),
             "variables": _plain("variables", dict(variables)),
         }
@@ -256,6 +268,71 @@ class ChatTemplate:
         if "text" not in result:
             raise InputError(f"chat template: {result['error']}")
         return result["text"]
+
+
+class GuardedChat:
+    """A conversation in whose texts no special token can be taken for the template's own.
+
+    Attributes:
+        messages: with the guard; contents in parts may have been joined.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        source: str,
+        plain: dict[str, Any],
+        guarded: dict[str, Any],
+        guard: str,
+        now: float,
+    ):
+        """Of `ChatTemplate.guard`, which checked the inputs and put the guard into a copy."""
+        self._template, self._source, self._now = template, source, now
+        self._plain, self._with_guard = plain, guarded
+        self._guard = "" if guarded == plain else guard
+        self.messages: list[dict[str, Any]] = guarded["messages"]
+
+    def text(self, count: int | None = None, *, add_generation_prompt: bool) -> str:
+        """The text of the first `count` messages, or of all, with the guard where it is needed.
+
+        Raises:
+            InputError: if the template refuses them, or does not write the same with the guard and
+                without.
+        """
+
+        def rendered(inputs: dict[str, Any]) -> str:
+            some = inputs | {"messages": inputs["messages"][:count]}
+            return self._template._render(self._source, some, add_generation_prompt, self._now)
+
+        plain = rendered(self._plain)
+        if not self._guard:
+            return plain
+        guarded = rendered(self._with_guard)
+        if guarded.replace(self._guard, "") != plain:
+            raise InputError(
+                "the chat template reads special token texts within the messages, so that they "
+                "cannot be kept as text"
+            )
+        return guarded
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of what `text` returned, or of a part of it."""
+        return self._template.tokenizer.encode_rendered(text, self._guard)
+
+
+def check_messages(messages: Messages, *, reads_parts: bool = True) -> list[dict[str, Any]]:
+    """Checked copies of messages, as `ChatTemplate.render` takes them.
+
+    Args:
+        messages: what somebody gave.
+        reads_parts: whether contents in parts stay so; else they are joined by line ends.
+
+    Raises:
+        InputError: for messages of another form.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise InputError("messages must be a list of at least one message")
+    return [_message(i, m, reads_parts) for i, m in enumerate(messages)]
 
 
 def _again(tokenizer: Tokenizer, sources: dict[str, str], seconds: float) -> ChatTemplate:

@@ -40,6 +40,45 @@ def is_published(path: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG_FILE))
 
 
+def also_ending(content: bytes | None, token_id: int) -> bytes:
+    """A `generation_config.json`, or a new one, with one more token that ends a sequence.
+
+    Raises:
+        InputError: if it is malformed.
+    """
+    settings, ends = _settings(content)
+    return as_json(settings | {"eos_token_id": list(dict.fromkeys([*ends, token_id]))})
+
+
+def ending_ids(eos_id: int | None, content: bytes | None, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end a sequence: the tokenizer's, and those of a `generation_config.json`.
+
+    Llama-3's chat models end their turn with another token than their text.
+
+    Args:
+        eos_id: the tokenizer's; None without one.
+        content: of the file, or None.
+        vocab_size: ids from here on are none.
+
+    Raises:
+        InputError: if the file is malformed.
+    """
+    found = [] if eos_id is None else [eos_id]
+    _, ends = _settings(content)
+    found += [end for end in ends if type(end) is int and 0 <= end < vocab_size]
+    return tuple(dict.fromkeys(found))
+
+
+def _settings(content: bytes | None) -> tuple[dict[str, Any], list[Any]]:
+    """What a `generation_config.json` says, and the end tokens among it."""
+    try:
+        settings = {} if content is None else json.loads(content)
+        ends = settings.get("eos_token_id")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{GENERATION_FILE} is malformed: {error}") from error
+    return settings, ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
 class Published:
     """A Hugging Face folder that was found to hold exactly the tensors of a model.
 

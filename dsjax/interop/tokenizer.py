@@ -253,6 +253,14 @@ class Tokenizer:
         config = json.loads(_read(path.with_name(CONFIG_FILE)))
         return cls(tokenizer_json, {"bos": BOS_ID, "eos": EOS_ID, "pad": PAD_ID}, config)
 
+    def with_template(self, text: str) -> "Tokenizer":
+        """The same vocabulary with another chat template, which `save` writes with it."""
+        config = {**self.named_tokens, **(self._config or {}), "chat_template": text}
+        files = None
+        if self._files is not None:
+            files = {**self._files, TEMPLATE_FILE: text.encode()}
+        return Tokenizer(self._json, self._special_ids, config, files)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the files that `load` reads, each in one piece; makes the folder.
 

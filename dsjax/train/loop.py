@@ -10,8 +10,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,25 +17,15 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
-from dsjax.checkpoint import Checkpoints, Restored, read_params
-from dsjax.config import Config, ModelConfig
-from dsjax.data.corpus import Corpus, find_tokenizer, open_corpus
-from dsjax.durable import write_durably
+from dsjax.checkpoint import Checkpoints, Restored
+from dsjax.config import Config
+from dsjax.data.corpus import Corpus, open_corpus
 from dsjax.errors import InputError, RunError
-from dsjax.interop.hf_config import computes_alike
-from dsjax.interop.load import load
-from dsjax.interop.published import (
-    GENERATION_BYTES,
-    GENERATION_FILE,
-    Published,
-    fingerprint,
-    is_published,
-)
-from dsjax.interop.tensor_files import read_small
 from dsjax.interop.tokenizer import Tokenizer
 from dsjax.meshes import check_training, spread_of
 from dsjax.model.transformer import merge
-from dsjax.overrides import first_difference, to_json
+from dsjax.overrides import to_json
+from dsjax.train.begin import first_state, first_tokenizer, read_init, recorded_init, saving
 from dsjax.train.clock import Clock, Profiler
 from dsjax.train.flops import memory_bytes, peak_flops_per_s, train_flops_per_token
 from dsjax.train.loss import PretrainLoss, next_token_loss
@@ -50,18 +38,14 @@ from dsjax.train.state import (
     TrainState,
     abstract_state,
     blueprint,
-    create,
-    fresh_state,
 )
 from dsjax.train.step import make_train_step
 from dsjax.train.stop import StopRequest
 from dsjax.workdir import (
-    CONFIG_FILE,
     Run,
     WorkdirLock,
     check_workdir,
     prepare_workdir,
-    read_run,
 )
 from sharding import distributed, island
 from sharding.distributed import Processes
@@ -135,7 +119,7 @@ def pretrain(
     plan = stages(config)
 
     def look() -> tuple[str | None, bool]:
-        began = _recorded_init(workdir, init)
+        began = recorded_init(workdir, init)
         return began, check_workdir(workdir, Run(config=config, seed=seed, init=began))
 
     began, known = processes.first("look", look)
@@ -145,18 +129,18 @@ def pretrain(
         tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer"))
     else:  # before anything is written: is what the run begins with good?
         if run.init is not None:
-            weights, mark = _read_init(
+            weights, mark = read_init(
                 run.init, None, plan[0].config, config.model, spread, processes
             )
             run = dataclasses.replace(run, init=f"{run.init}@{mark}")
-        tokenizer = _first_tokenizer(config, init)
+        tokenizer = first_tokenizer(config, init)
         corpus = _open(plan, 0, tokenizer, seed, spread)
     with contextlib.ExitStack() as stack:
         processes.first("lock", lambda: _nothing(stack.enter_context(WorkdirLock(workdir))))
         stop = stack.enter_context(StopRequest(processes))
         if not known:
-            saving = _saving(tokenizer, init)
-            processes.first("prepare", lambda: prepare_workdir(workdir, run, saving))
+            save = saving(config, tokenizer, init)
+            processes.first("prepare", lambda: prepare_workdir(workdir, run, save))
         checkpoints = Checkpoints(
             workdir, keep=config.train.keep_checkpoints, tell=_tell, processes=processes
         )
@@ -171,7 +155,7 @@ def pretrain(
             corpus.train.set_state(restored.data)
             state = TrainState(**restored.state)
         else:
-            state = _first_state(run, plan[0].config, weights, spread, processes)
+            state = first_state(run, plan[0].config, weights, spread, processes)
         if known:  # only now is it certain that the run can go on
             processes.first("renew", lambda: prepare_workdir(workdir, run, tokenizer.save))
         spent_s = time.monotonic() - entered + age_s
@@ -280,7 +264,7 @@ class _Trainer:
         self.bar = tqdm(
             total=plan[-1].last_step,
             initial=self.step,
-            desc="pretrain",
+            desc="sft" if run.config.data.has_conversations else "pretrain",
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
@@ -465,50 +449,6 @@ class _Trainer:
             )
 
 
-def _recorded_init(workdir: str | os.PathLike, init: str | os.PathLike | None) -> str | None:
-    """Where the first weights come from: a folder, or `folder@step` for a run that goes on.
-
-    It keeps the step that it began with: there may be newer ones by now.
-    """
-    if init is None:
-        return None
-    folder = os.path.realpath(init)
-    if os.path.isfile(os.path.join(workdir, CONFIG_FILE)):
-        there = read_run(workdir).init
-        if there is not None and there.rpartition("@")[0] == folder:
-            return there
-    return folder
-
-
-def _first_tokenizer(config: Config, init: str | os.PathLike | None) -> Tokenizer:
-    if init is not None:
-        folder = init if is_published(init) else os.path.join(init, "tokenizer")
-        tokenizer, vocab_size = Tokenizer.load(folder), config.model.vocab_size
-        if tokenizer.vocab_size > vocab_size:
-            raise InputError(
-                f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, more than "
-                f"model.vocab_size {vocab_size}"
-            )
-        return tokenizer
-    return find_tokenizer(config.data, config.model.vocab_size)
-
-
-def _saving(
-    tokenizer: Tokenizer, init: str | os.PathLike | None
-) -> Callable[[str | os.PathLike], None]:
-    """Writes the tokenizer, and beside it how the model that a run begins with ends a turn."""
-
-    def save(folder: str | os.PathLike) -> None:
-        tokenizer.save(folder)
-        if init is not None:
-            there = init if is_published(init) else os.path.join(init, "tokenizer")
-            content = read_small(there, GENERATION_FILE, GENERATION_BYTES)
-            if content is not None:
-                write_durably(Path(folder, GENERATION_FILE), content)
-
-    return save
-
-
 def _open(
     plan: tuple[Stage, ...], number: int, tokenizer: Tokenizer, seed: int, spread: Spread
 ) -> Corpus:
@@ -525,65 +465,6 @@ def _open(
         process_index=part,
         process_count=parts,
     )
-
-
-def _read_init(
-    folder: str,
-    mark: str | None,
-    config: Config,
-    model: ModelConfig,
-    spread: Spread,
-    processes: Processes,
-) -> tuple[dict[str, Any], str]:
-    """The weights that a run begins with, and which they are.
-
-    Args:
-        folder: of a run, or a published one.
-        mark: which they were: the step of a run, or the fingerprint of a published folder. None
-            takes the newest, or the folder as it is.
-        config: of the first stage.
-        model: of the whole run, which a published folder must describe.
-        spread: where they go.
-        processes: of the run.
-    """
-    if is_published(folder):
-        with Published(folder) as published:
-            there, here = published.model, model
-            if not computes_alike(there, here):
-                difference = first_difference(to_json(there), to_json(here), "model")
-                raise InputError(f"{folder} is of another model; {difference}")
-            here_mark = f"sha256-{fingerprint(published.identity())[:16]}"
-            if mark is not None and mark != here_mark:
-                raise InputError(f"{folder} has changed since the run began with it")
-            loaded = load(published.folder, config, rules=spread.rules, mesh=spread.mesh)
-        return {"params": loaded.params, "bias": loaded.bias}, here_mark
-    if mark is not None and not mark.isdecimal():
-        raise InputError(f"{folder}, the published folder that the run began with, is gone")
-    step = None if mark is None else int(mark)
-    if step is None and processes.count > 1:  # that run may go on: all take the same step
-        small = {"step": abstract_state(config, spread.rules).step}
-        step = processes.first("init", lambda: read_params(folder, small)[1])
-    like = abstract_state(config, spread.rules, spread.mesh)
-    weights, step = read_params(folder, {"params": like.params, "bias": like.bias}, step)
-    return weights, str(step)
-
-
-def _first_state(
-    run: Run,
-    config: Config,
-    weights: dict[str, Any] | None,
-    spread: Spread,
-    processes: Processes,
-) -> TrainState:
-    if run.init is None:
-        return create(config, jax.random.key(run.seed), spread.rules, spread.mesh)
-    if weights is None:  # the run was ended before its first checkpoint
-        folder, _, mark = run.init.rpartition("@")
-        weights, _ = _read_init(folder, mark, config, run.config.model, spread, processes)
-    _, optimizer = blueprint(config, spread.rules)
-    with spread.mesh_set():
-        opt = jax.jit(optimizer.init)(weights["params"])
-    return fresh_state(config, weights["params"], weights["bias"], opt, spread.mesh)
 
 
 def _draw(corpus: Corpus, count: int) -> dict[str, np.ndarray]:
