@@ -60,7 +60,7 @@ def plot_loss(workdir: str | os.PathLike) -> Path | None:
     scale, unit = _unit(max((row["tokens"] for row in rows), default=0))
     violations = _families(rows, "router/", "/max_violation")
     names = ["loss", "grad_norm", "learning_rate"] + ["violation"] * bool(violations)
-    figure = _figure(10.0, 3.4 + 1.7 * (len(names) - 1))
+    figure = new_figure(10.0, 3.4 + 1.7 * (len(names) - 1))
     if figure is None:
         return None
     heights = [3.0 if name == "loss" else 1.3 for name in names]
@@ -68,8 +68,8 @@ def plot_loss(workdir: str | os.PathLike) -> Path | None:
     axes = dict(zip(names, panels, strict=True))
 
     top = axes["loss"]
-    _noisy(top, _points(rows, "loss", scale), _BLUE, "training")
-    _noisy(top, _points(rows, "loss_mtp", scale), _GREY, "MTP (second token)")
+    noisy(top, _points(rows, "loss", scale), _BLUE, "training")
+    noisy(top, _points(rows, "loss_mtp", scale), _GREY, "MTP (second token)")
     for name, label, style in (
         ("eval_loss", "held out", {"color": _RED, "marker": "o", "markersize": 4}),
         (
@@ -83,7 +83,7 @@ def plot_loss(workdir: str | os.PathLike) -> Path | None:
             top.plot(x, y, label=label, linewidth=1.4, **style)
     top.set_ylabel("cross entropy\nnats a token")
 
-    _noisy(axes["grad_norm"], _points(rows, "grad_norm", scale), _BLUE, None)
+    noisy(axes["grad_norm"], _points(rows, "grad_norm", scale), _BLUE, None)
     axes["grad_norm"].set_ylabel("gradient norm\nbefore clipping")
     if any((row.get("grad_norm") or 0) > 0 for row in rows):
         axes["grad_norm"].set_yscale("log")
@@ -95,11 +95,11 @@ def plot_loss(workdir: str | os.PathLike) -> Path | None:
     ):
         x = np.array([row["tokens"] for row in rows if name in row]) / scale
         y = np.array([_largest(row[name]) for row in rows if name in row])
-        _noisy(axes["violation"], (x, y), color, stack)
+        noisy(axes["violation"], (x, y), color, stack)
         axes["violation"].set_ylabel("largest load / mean - 1\n(worst layer)")
 
     for axis in panels:
-        _plain_axes(axis)
+        plain_axes(axis)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, ncols=2)
         for x, _ in _length_changes(rows, scale):
@@ -131,10 +131,10 @@ def plot_loss(workdir: str | os.PathLike) -> Path | None:
         top.legend(frameon=False, ncols=2)
     panels[-1].set_xlabel(unit)
     figure.align_ylabels(panels)
-    return _save(figure, Path(workdir) / "loss.png")
+    return save_figure(figure, Path(workdir) / "loss.png")
 
 
-def _noisy(axis: Any, points: Points, color: str, label: str | None) -> None:
+def noisy(axis: Any, points: Points, color: str, label: str | None) -> None:
     """A pale line of every step, and its running mean where there are enough of them."""
     x, y = points
     if not x.size:
@@ -191,14 +191,14 @@ def plot_router(workdir: str | os.PathLike) -> Path | None:
         return None
     num_experts = [np.shape(_first(rows, name))[1] for name in stacks.values()]
     heights = [2.3 + min(3.2, 1.6 + count / 100) for count in num_experts]
-    figure = _figure(13.0, sum(heights) + 0.5 * len(heights))
+    figure = new_figure(13.0, sum(heights) + 0.5 * len(heights))
     if figure is None:
         return None
     scale, unit = _unit(max(row["tokens"] for row in rows))
     parts = figure.subfigures(len(stacks), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (stack, name), height in zip(parts, stacks.items(), heights, strict=True):
         _draw_stack(part, rows, stack, name, scale, unit, height)
-    return _save(figure, Path(workdir) / "router.png")
+    return save_figure(figure, Path(workdir) / "router.png")
 
 
 def _draw_stack(
@@ -262,11 +262,11 @@ def _draw_layers(
     axis.set_title(f"{title} by layer", fontsize=10)
     if num_layers <= _FEW_LAYERS:
         for layer, color in zip(range(num_layers), (_BLUE, _RED, _GREEN, _GREY), strict=False):
-            _noisy(axis, (x, values_RL[:, layer]), color, f"layer {layer}")
+            noisy(axis, (x, values_RL[:, layer]), color, f"layer {layer}")
         axis.set_ylabel(unit)
         axis.set_ylim(bottom=0.0)
         axis.margins(x=0.0)
-        _plain_axes(axis)
+        plain_axes(axis)
         if num_layers > 1:
             axis.legend(frameon=False, fontsize=8, ncols=2)
         return
@@ -300,7 +300,7 @@ def _draw_biases(
     axis.set_title(f"biases of layer {layer}, a line an expert", fontsize=10)
     axis.set_ylabel("bias")
     axis.margins(x=0.0)
-    _plain_axes(axis)
+    plain_axes(axis)
 
 
 def _families(rows: list[dict], prefix: str, suffix: str) -> dict[str, str]:
@@ -345,7 +345,7 @@ def plot_schedule(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Pa
     """
     if not rows:
         return None
-    figure = _figure(12.0, 9.5)
+    figure = new_figure(12.0, 9.5)
     if figure is None:
         return None
     start_of = {}  # tokens before each stage
@@ -385,7 +385,7 @@ def plot_schedule(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Pa
             # The rates of later stages are small; the rest keeps its scale from column to column.
             inside = (tokens >= left) | (name != "learning_rate")
             _set_y(axis, name, y[inside])
-            _plain_axes(axis)
+            plain_axes(axis)
             for start in list(start_of.values())[1:]:
                 axis.axvline((start - origin) / scale, color=_GREY, linestyle="--", linewidth=0.9)
             if column == 0:
@@ -397,7 +397,7 @@ def plot_schedule(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Pa
         grid[0, 1].set_title(f"the last {last['step'] + 1 - first:,} steps")
     figure.align_ylabels(grid[:, 0])
     path = Path(path)
-    return _save(figure, path / "schedule.png" if path.is_dir() else path)
+    return save_figure(figure, path / "schedule.png" if path.is_dir() else path)
 
 
 def _set_y(axis: Any, name: str, values: np.ndarray) -> None:
@@ -438,7 +438,7 @@ def plot_study(
         The path, or None where matplotlib is not installed or the disk is full.
     """
     measures = list(dict.fromkeys(name for figures in results.values() for name in figures))
-    figure = _figure(5.0 + 2.6 * len(measures), 4.2)
+    figure = new_figure(5.0 + 2.6 * len(measures), 4.2)
     if figure is None:
         return None
     figure.suptitle(question)
@@ -458,7 +458,7 @@ def plot_study(
             )
     axes[0].set(xlabel=unit, ylabel="held-out loss, nats a token")
     axes[0].legend()
-    _plain_axes(axes[0])
+    plain_axes(axes[0])
     for axis, measure in zip(axes[1:], measures, strict=True):
         for place, (name, figures) in enumerate(results.items()):
             values = figures.get(measure, [])
@@ -468,14 +468,14 @@ def plot_study(
                 axis.hlines(mean, place - 0.25, place + 0.25, color=colors[name])
         axis.set(title=measure.replace("_", " "), xlim=(-0.6, len(results) - 0.4))
         axis.set_xticks(range(len(results)), [n.replace(" ", "\n") for n in results])
-        _plain_axes(axis)
-    return _save(figure, Path(path))
+        plain_axes(axis)
+    return save_figure(figure, Path(path))
 
 
 # ---- what they share ----------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Any | None:
+def new_figure(width: float, height: float) -> Any | None:
     """An empty figure, in inches; None without matplotlib. pyplot, which keeps state, stays out."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -487,7 +487,7 @@ def _figure(width: float, height: float) -> Any | None:
     return figure
 
 
-def _save(figure: Any, path: Path) -> Path | None:
+def save_figure(figure: Any, path: Path) -> Path | None:
     """Writes beside and renames, so that a viewer never sees half a picture.
 
     Returns:
@@ -509,7 +509,8 @@ def _placed_rows(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return [row for row in read_metrics(workdir) if isinstance(row.get("tokens"), int)]
 
 
-def _plain_axes(axis: Any) -> None:
+def plain_axes(axis: Any) -> None:
+    """A faint grid, and no frame above and beside."""
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
