@@ -50,6 +50,10 @@ $(STAMP): constraints.txt pyproject.toml
 train: $(STAMP) ## train the tiny preset into runs/tiny
 	$(PY) -m experiments.pretrain --preset=tiny --workdir=runs/tiny $(ARGS)
 
+.PHONY: r1zero
+r1zero: $(STAMP) ## reasoning from rewards alone, in small: base, three seeds, two controls
+	$(PY) -m experiments.r1zero --workdir=runs/r1zero $(ARGS)
+
 .PHONY: test
 test: $(STAMP) ## the quick tests: neither slow nor gpu
 	$(PYTEST) -m "not slow and not nightly and not gpu" $(ARGS)

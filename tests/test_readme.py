@@ -15,6 +15,7 @@ PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *("docs/notation.md", "docs/log.md", "docs/training.md", "docs/weights.md"),
     *("docs/sharding.md", "docs/launch.md", "docs/attention.md", "docs/fp8.md", "docs/kernels.md"),
+    *("docs/reinforcement.md", "docs/rewards.md"),
 )
 TOP = ("dsjax", "sharding", "pallas_kernels", "experiments", "tests")
 

@@ -5,8 +5,9 @@ Knows nothing about training: it draws the rows of `metrics.jsonl`.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,39 @@ def plot_reinforcement(workdir: str | os.PathLike) -> Path | None:
             axis.legend(frameon=False, ncols=3)
     figure.align_ylabels(panels)
     return save_figure(figure, Path(workdir) / "reinforcement.png")
+
+
+def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
+    """Draws held-out greedy accuracy and the length of sampled completions of several runs.
+
+    Args:
+        runs: rows of metrics by the name of their run; those called "seed ..." are drawn alike.
+        path: of the picture.
+
+    Returns:
+        `path`, or None where matplotlib is not installed or the disk is full.
+    """
+    figure = new_figure(10.0, 4.0)
+    if figure is None:
+        return None
+    panels = figure.subplots(1, 2)
+    others = iter((_RED, _GREY, _GREEN) * len(runs))
+    for name, rows in runs.items():
+        is_seed = name.startswith("seed")
+        style = {"color": _BLUE if is_seed else next(others), "alpha": 0.8 if is_seed else 1.0}
+        style |= {"linewidth": 1.5, "label": name}
+        for panel, metric in zip(panels, ("eval/accuracy", "completion_tokens"), strict=True):
+            known = [row for row in rows if row.get(metric) is not None]
+            x, y = [row["step"] for row in known], [row[metric] for row in known]
+            panel.plot(x, y, **style, linestyle="-" if is_seed else "--")
+    panels[0].set_ylabel("held-out accuracy, greedy")
+    panels[0].set_ylim(-0.02, 1.02)
+    panels[1].set_ylabel("tokens of a sampled completion")
+    for panel in panels:
+        panel.set_xlabel("optimizer steps")
+        plain_axes(panel)
+    panels[0].legend(frameon=False)
+    return save_figure(figure, path)
 
 
 def write_samples(workdir: str | os.PathLike, step: int, shown: Sequence[Shown]) -> None:
