@@ -3,16 +3,22 @@
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import io
 import json
 import os
 import pathlib
 
-# Before jax is imported. Tests check meaning, not speed: unoptimised code compiles twice as fast.
+# Before jax is imported. Tests check meaning, not speed: unoptimised code compiles twice as fast,
+# and fused loops of LLVM's own twice as fast again as those that go through MLIR. They run slowly:
+# a test that computes much does so in a process of its own, without these flags. AVX multiplies and
+# adds in two roundings, so that bits do not hang on what was fused with what.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_backend_optimization_level=0",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        "--xla_cpu_max_isa=AVX",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
     ]
@@ -30,6 +36,16 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_finish():
+    """Tracing makes millions of small objects: to look for cycles so often is a tenth of the time.
+
+    What lives by now lives to the end, and is never looked at again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 10, 10)
 
 
 @pytest.fixture

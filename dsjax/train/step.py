@@ -156,7 +156,10 @@ def make_train_step(
         updates, opt = optimizer.update(grads, state.opt, state.params, progress=progress)
         params = optax.apply_updates(state.params, updates)
         speed = value_at(bias_speed, progress)
-        bias = {key: update_bias(bias_LE, load[key], speed) for key, bias_LE in state.bias.items()}
+        bias = {  # a loss without MTP tells no loads of its block
+            key: update_bias(bias_LE, load[key], speed) if key in load else bias_LE
+            for key, bias_LE in state.bias.items()
+        }
         metrics = sums["metrics"] | sums["peaks"] | _norms(grads, params, updates)
         finite = jnp.isfinite(metrics["loss_total"]) & jnp.isfinite(metrics["grad_norm"])
         finite = finite & (sums["overflow"] == 0)

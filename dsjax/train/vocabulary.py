@@ -53,7 +53,7 @@ def mean_cross_entropy(
     hidden_BTD: Float[Array, "B T D"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
-    denominator: Array | np.ndarray | float,
+    denominator: Array | np.ndarray | np.floating | float,
 ) -> Float[Array, ""]:
     """Weighted sum of cross entropies over `denominator`, nats; on a mesh, of this device's tokens.
 
