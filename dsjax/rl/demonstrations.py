@@ -1,8 +1,8 @@
 """Worked solutions of simple problems, from which a small base learns the form of an answer.
 
 Knows nothing about models. A demonstration thinks in <think></think> and answers in
-<answer></answer>. Some think step by step and are right; others only say the result and seem to
-think: a base that has seen both does either, and rewards alone decide what becomes of it.
+<answer></answer>. Some work the answer out and are right; others guess. A base that has seen both
+knows the form, and does either: rewards alone decide what becomes of it.
 """
 
 import random
@@ -15,18 +15,56 @@ from dsjax.errors import InputError
 FAMILIES = ("chain_sum", "spell_backward", "letter_counting")
 
 
-def demonstration(record: Mapping[str, Any], *, worked: bool) -> dict[str, Any]:
-    """A conversation of one question and its answer, as `experiments.sft` reads it.
+def worked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A conversation that works a question out, as `experiments.sft` reads it.
 
     Args:
         record: of one of `FAMILIES` (`dsjax.verify.gym`).
-        worked: whether the answer is worked out, or said at once.
 
     Raises:
         InputError: for another family.
     """
     question, answer = record["question"], record["answer"]
-    thoughts = _thoughts(record["family"], question, answer) if worked else "I know this."
+    return _conversation(question, _thoughts(record["family"], question), answer)
+
+
+def guessed(record: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """A conversation that answers without a thought.
+
+    Args:
+        record: of any family.
+        answer: what is said.
+    """
+    return _conversation(record["question"], "I guess.", answer)
+
+
+def demonstrations(
+    records: Sequence[Mapping[str, Any]], *, worked_share: float, seed: int
+) -> list[dict[str, Any]]:
+    """Demonstrations of records: a share of them worked out, the others guessed.
+
+    A guess is the answer of another record of the same family.
+
+    Args:
+        records: of `FAMILIES`.
+        worked_share: in [0, 1].
+        seed: of which they are, of the guesses, and of their order.
+    """
+    draw = random.Random(seed)
+    answers: dict[str, list[str]] = {}
+    for record in records:
+        answers.setdefault(record["family"], []).append(record["answer"])
+    found = [
+        worked(record)
+        if draw.random() < worked_share
+        else guessed(record, draw.choice(answers[record["family"]]))
+        for record in records
+    ]
+    draw.shuffle(found)
+    return found
+
+
+def _conversation(question: str, thoughts: str, answer: str) -> dict[str, Any]:
     content = f"<think>{thoughts}</think>\n<answer>{answer}</answer>"
     messages = [
         {"role": "user", "content": question},
@@ -35,23 +73,7 @@ def demonstration(record: Mapping[str, Any], *, worked: bool) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def demonstrations(
-    records: Sequence[Mapping[str, Any]], *, worked_share: float, seed: int
-) -> list[dict[str, Any]]:
-    """Demonstrations of records, a share of them worked out.
-
-    Args:
-        records: of `FAMILIES`.
-        worked_share: in [0, 1].
-        seed: of which they are, and of their order.
-    """
-    draw = random.Random(seed)
-    found = [demonstration(record, worked=draw.random() < worked_share) for record in records]
-    draw.shuffle(found)
-    return found
-
-
-def _thoughts(family: str, question: str, answer: str) -> str:
+def _thoughts(family: str, question: str) -> str:
     if family == "chain_sum":
         return _running_sum(question)
     if family == "spell_backward":

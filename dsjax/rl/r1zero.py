@@ -1,8 +1,8 @@
 """R1-Zero in small: a base that knows the form of an answer, then rewards alone, and two controls.
 
 Knows nothing about how a run is carried out beyond the functions it calls. Each run lies in a
-folder of its own and goes on where it was. The base has seen sums that were worked out, and more
-that were only answered: it shows that rewards alone find, and sharpen, what makes answers right.
+folder of its own and goes on where it was. The base has learnt to work sums out, and then that most
+answers are guesses: what it shows is that rewards alone find, and sharpen, what makes them right.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from dsjax.verify import gym
 FAMILY = "chain_sum"
 TERMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 HELD_OUT = 128  # problems a seed
-WORKED_SHARE = 0.42  # of demonstrations; the others only answer
+WORKED_SHARE = 0.25  # of the demonstrations of the second stage; the others guess
 OTHERS = ("spell_backward", "letter_counting")  # the rest of the mixture
 DEMONSTRATIONS = 20_000
-BASE_STEPS = 500
-RL_STEPS = 80
+WORKED_STEPS, BASE_STEPS = 800, 60
+RL_STEPS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +51,15 @@ class Found:
     cpu_minutes: float
 
 
-def base_config(data: str) -> Config:
-    """The base: `tiny_reasoner`, from nothing, on demonstrations alone."""
+def base_config(data: str, *, steps: int, batch_size: int, learning_rate: float) -> Config:
+    """A stage of the base: `tiny_reasoner` on demonstrations."""
     config = override(
         preset("tiny_reasoner"),
-        "train.optimizer.learning_rate=3e-3",
-        "train.eval_every_steps=100",
+        f"train.batch_size={batch_size}",
+        f"train.optimizer.learning_rate={learning_rate}",
+        f"train.eval_every_steps={steps}",
     )
-    tokens = BASE_STEPS * config.train.tokens_per_step
+    tokens = steps * config.train.tokens_per_step
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, total_tokens=tokens),
@@ -68,6 +69,23 @@ def base_config(data: str) -> Config:
             chat_template="plain",
         ),
     )
+
+
+def train_base(folder: Path, *, seeds: int) -> bool:
+    """Two stages: solutions that are worked out, then those among guesses; False if stopped."""
+    for name, share in (("worked", 1.0), ("mixed", WORKED_SHARE)):
+        data = folder / f"{name}.jsonl"
+        if not data.exists():
+            write_demonstrations(data, worked_share=share, seeds=seeds)
+    first = base_config(
+        str(folder / "worked.jsonl"), steps=WORKED_STEPS, batch_size=8, learning_rate=2e-3
+    )
+    if pretrain(first, folder / "worked").stopped_by is not None:
+        return False
+    second = base_config(
+        str(folder / "mixed.jsonl"), steps=BASE_STEPS, batch_size=16, learning_rate=5e-4
+    )
+    return pretrain(second, folder / "base", init=folder / "worked").stopped_by is None
 
 
 def rl_config(base: str | os.PathLike, *, rewards: tuple[str, ...], shuffled: bool) -> Config:
@@ -84,16 +102,16 @@ def rl_config(base: str | os.PathLike, *, rewards: tuple[str, ...], shuffled: bo
         max_completion_tokens=48,
         row_tokens=256,
         micro_batch_rows=16,
-        reference_every_steps=40,
+        reference_every_steps=60,
         rewards=tuple(RewardConfig(name=name) for name in rewards),
         shuffle_rewards=shuffled,
         max_logprob_gap=1e-4,
         eval_every_steps=10,
     )
-    return override(around(base, rl), "train.optimizer.learning_rate=5e-4")
+    return override(around(base, rl), "train.optimizer.learning_rate=3e-4")
 
 
-def write_demonstrations(path: Path, *, seeds: int) -> None:
+def write_demonstrations(path: Path, *, worked_share: float, seeds: int) -> None:
     """The base's data: no problem that a seed holds out is among them."""
     held_out: set[str] = set()
     for seed in range(seeds):
@@ -105,7 +123,7 @@ def write_demonstrations(path: Path, *, seeds: int) -> None:
     records = [record for record in drawn if record["question"] not in held_out]
     for family in OTHERS:
         records += gym.problems(family, seed=2**20, size=DEMONSTRATIONS // 20)
-    found = demonstrations(records, worked_share=WORKED_SHARE, seed=0)
+    found = demonstrations(records, worked_share=worked_share, seed=0)
     lines = "".join(json.dumps(conversation) + "\n" for conversation in found)
     write_durably(path, lines.encode())
 
@@ -129,12 +147,9 @@ def run_r1zero(
         What they came to; None if a signal stopped one.
     """
     folder = Path(folder)
-    data = folder / "demonstrations.jsonl"
-    if not data.exists():
-        write_demonstrations(data, seeds=seeds)
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.process_time()
-    base = pretrain(base_config(str(data)), folder / "base")
-    if base.stopped_by is not None:
+    if not train_base(folder, seeds=seeds):
         return None
     tell(f"base: {(time.process_time() - began) / 60:.1f} CPU-minutes")
     both = ("accuracy", "format")
