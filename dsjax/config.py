@@ -613,6 +613,7 @@ class RlConfig:
     task: str = "reasoning_gym:chain_sum"
     # How a question becomes a prompt: the tokenizer's own chat template, or the text as it is.
     template: Literal["chat", "none"] = "chat"
+    problems: int = 10_000  # of a procedural family to train on, before they come again
     held_out: int = 128  # problems that accuracy is measured on, never trained on
     prompts: int = 512  # questions of a rollout: 16 mini-batches of 32
     group_size: int = 16  # G
@@ -659,7 +660,7 @@ class RlConfig:
     show: int = free(8)  # completions of a rollout that are written down
 
     def __post_init__(self):
-        _positive(self, "steps", "held_out", "prompts", "group_size", "mini_batches")
+        _positive(self, "steps", "problems", "held_out", "prompts", "group_size", "mini_batches")
         _positive(self, "max_prompt_tokens", "max_completion_tokens", "slots", "reward_timeout_s")
         _positive(self, "reward_workers", "temperature", "importance_cap", "off_policy_mask")
         _positive(self, "reference_every_steps", "max_logprob_gap", "eval_every_steps")

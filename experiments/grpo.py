@@ -44,6 +44,12 @@ flags.DEFINE_multi_string(
     "A reward, name or module:function, with its weight: accuracy=1. These replace the recipe's.",
     flag_values=FLAGS,
 )
+flags.DEFINE_bool(
+    "allow_unsafe_code_execution",
+    False,
+    "Runs programs that the model wrote without a sandbox where none works.",
+    flag_values=FLAGS,
+)
 
 
 def _body(values: flags.FlagValues) -> None:
@@ -62,7 +68,11 @@ def _body(values: flags.FlagValues) -> None:
     config = override(config, *assignments, *values.set)
     command.keep_compiled(os.path.join(values.workdir, COMPILED))
     result = train_grpo(
-        config, values.workdir, init=values.init, seed=values.seed, age_s=process_age_s()
+        *(config, values.workdir),
+        init=values.init,
+        seed=values.seed,
+        allow_unsafe_code=values.allow_unsafe_code_execution,
+        age_s=process_age_s(),
     )
     _tell(result)
 

@@ -1,5 +1,7 @@
 """What several test files measure with, and the packed batches that they measure on."""
 
+import contextlib
+
 import chex
 import jax
 import numpy as np
@@ -49,3 +51,19 @@ def packed_batch(rng, vocab_size, lengths):
             start += length
     batch["targets_BT"][:, :-1] = batch["tokens_BT"][:, 1:]
     return batch
+
+
+@contextlib.contextmanager
+def compilations():
+    """The seconds of each program that XLA compiles, or takes from the cache, meanwhile."""
+    seen = []
+
+    def hear(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)

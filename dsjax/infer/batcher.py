@@ -112,9 +112,9 @@ class Batcher:
         self.num_slots = self._parts * sizes.slots
         self._by_row = Spread(spread.mesh, blueprint_rules(graphdef), spread.processes)
         with spread.mesh_set():
-            self._slots: Slots | None = programs.empty(
-                graphdef, params, bias, sizes=sizes, infer=infer
-            )
+            slots = programs.empty(graphdef, params, bias, sizes=sizes, infer=infer)
+        # Committed to their devices as those that a program returns, or it is compiled twice.
+        self._slots: Slots | None = jax.device_put(slots, jax.tree.map(lambda x: x.sharding, slots))
 
     def prepare(self, params: Any, bias: Any) -> tuple[Any, Any]:
         """Weights as a call takes them; what needs no cast is shared."""
@@ -143,15 +143,20 @@ class Batcher:
             max_tokens: fewer new tokens than the slots have room for.
 
         Raises:
-            InputError: for a prompt that is empty or longer than the slots have room for.
+            InputError: for a prompt that is empty or longer than the slots have room for, or more
+                new tokens than that.
         """
+        if max_tokens is None:
+            max_tokens = self.sizes.max_tokens
+        if not 0 < max_tokens <= self.sizes.max_tokens:
+            raise InputError(f"max_tokens={max_tokens}; there is room for {self.sizes.max_tokens}")
         for request in requests:
             if not 0 < len(request.prompt) <= self.sizes.max_prompt:
                 raise InputError(
                     f"a prompt of {len(request.prompt)} tokens; from 1 to {self.sizes.max_prompt} "
                     "are taken"
                 )
-        call = _Call(self, params, bias, requests, sampling, max_tokens or self.sizes.max_tokens)
+        call = _Call(self, params, bias, requests, sampling, max_tokens)
         with self._spread.mesh_set():
             while call.step():
                 on_finished(call.collect())

@@ -3,20 +3,40 @@
 Knows nothing about training.
 """
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dsjax.config import RlConfig
+from dsjax.errors import InputError
 from dsjax.evaluate.pass_at_k import pass_at_k
 from dsjax.infer.batcher import Batcher, Request
 from dsjax.infer.sampler import Sampling
 from dsjax.interop.tokenizer import Tokenizer
 from dsjax.rl.rollout import decoded
-from dsjax.rl.tasks import Problems
+from dsjax.rl.tasks import Problem, Problems
+from dsjax.verify.accuracy import check_record
 from dsjax.verify.rewards import Sample, Scorer
 
 FIRST_NUMBER = 2**31  # of sequences that are drawn here: far from those of rollouts
+
+
+def measured_by(config: RlConfig, held_out: Sequence[Problem]) -> dict[str, str]:
+    """What held-out completions are measured by, whatever is rewarded: rewards by name.
+
+    Returns:
+        `format`, by the run's own reward of form if it has one; and `accuracy`, where each record
+        can be judged.
+    """
+    form = next((r.name for r in config.rewards if r.name in ("format", "format_think")), "format")
+    names = {"format": form}
+    with contextlib.suppress(InputError):
+        for problem in held_out:
+            check_record(problem.record)
+        names["accuracy"] = "accuracy"
+    return names
 
 
 class Evaluation:

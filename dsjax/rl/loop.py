@@ -9,6 +9,9 @@ N completions a rollout, C new tokens at most, B rows of T positions.
 
 import contextlib
 import dataclasses
+import functools
+import itertools
+import math
 import os
 import sys
 import time
@@ -18,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
 from dsjax.checkpoint import Checkpoints, Restored
@@ -31,22 +34,25 @@ from dsjax.infer.slots import Drawing, SlotSizes
 from dsjax.interop.published import GENERATION_BYTES, GENERATION_FILE, ending_ids
 from dsjax.interop.tensor_files import read_small
 from dsjax.interop.tokenizer import Tokenizer
-from dsjax.meshes import check_training, move, spread_of
+from dsjax.meshes import blueprint_rules, check_training, move, spread_of
 from dsjax.model.transformer import build, merge, split
-from dsjax.rl.evaluation import Evaluation
+from dsjax.rl.evaluation import Evaluation, measured_by
 from dsjax.rl.grpo import GrpoLoss, score, token_weights
 from dsjax.rl.pictures import plot_reinforcement, write_samples
 from dsjax.rl.rollout import Roller, Rollout
 from dsjax.rl.rows import Sequences, pack, place, unpack
-from dsjax.rl.tasks import Problems, open_problems
+from dsjax.rl.saved import Scored, abstract
+from dsjax.rl.tasks import Problems, check_for, open_problems
 from dsjax.train.begin import first_state, first_tokenizer, read_init, recorded_init, saving
 from dsjax.train.clock import Clock
 from dsjax.train.flops import memory_bytes
-from dsjax.train.metrics import MetricsWriter
+from dsjax.train.metrics import MetricsWriter, read_metrics
 from dsjax.train.schedule import value_at
-from dsjax.train.state import TrainState, abstract_state, blueprint
+from dsjax.train.state import TrainState, blueprint
 from dsjax.train.step import make_train_step
 from dsjax.train.stop import StopRequest
+from dsjax.train.vocabulary import Draw
+from dsjax.verify import sandbox
 from dsjax.verify.rewards import Reward, Scorer
 from dsjax.workdir import Run, WorkdirLock, check_workdir, prepare_workdir
 from sharding import island
@@ -84,6 +90,7 @@ def train_grpo(
     init: str | os.PathLike,
     seed: int = 0,
     rewards: Mapping[str, Reward] | None = None,
+    allow_unsafe_code: bool = False,
     stop_at_step: int | None = None,
     age_s: float = 0.0,
 ) -> GrpoResult:
@@ -98,6 +105,7 @@ def train_grpo(
             published model.
         seed: decides problems, their order, and what is sampled.
         rewards: functions by the names that `rl.rewards` gives them.
+        allow_unsafe_code: runs programs that a model wrote where no sandbox works.
         stop_at_step: stops, with a checkpoint, at this step; for tests.
         age_s: what the process spent before this call.
 
@@ -116,8 +124,7 @@ def train_grpo(
         raise InputError("reinforcement learning over several processes is not here yet")
     rl, entered = config.rl, time.monotonic()
     spread = spread_of(config.mesh)
-    config = _with_rows(config, rl)
-    check_training(config)
+    check_training(_with_rows(config, rl))
     named = {reward.name: (rewards or {}).get(reward.name, reward.name) for reward in rl.rewards}
     began = recorded_init(workdir, init)
     run = Run(config=config, seed=seed, init=began)
@@ -130,16 +137,24 @@ def train_grpo(
         tokenizer = first_tokenizer(config, init)
     else:
         tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer"))
-    problems = open_problems(rl, tokenizer, seed)
+    problems = open_problems(rl, tokenizer, seed, check=check_for(named))
+    if not allow_unsafe_code:
+        _check_sandbox(problems, named)
     with contextlib.ExitStack() as stack:
-        workers = {"workers": rl.reward_workers, "timeout_s": rl.reward_timeout_s}
-        scorer = stack.enter_context(Scorer(named, **workers))
+        scored = functools.partial(
+            Scorer,
+            workers=rl.reward_workers,
+            timeout_s=rl.reward_timeout_s,
+            allow_unsafe_code=allow_unsafe_code,
+        )
+        scorer = stack.enter_context(scored(named))
+        measure = stack.enter_context(scored(measured_by(rl, problems.held_out)))
         stack.enter_context(WorkdirLock(workdir))
         stop = stack.enter_context(StopRequest())
         prepare_workdir(workdir, run, saving(config, tokenizer, init))
         checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints, tell=_tell)
         stack.callback(checkpoints.close)
-        like = _abstract(config, rl, spread)
+        like = abstract(config, rl, spread)
         restored = checkpoints.restore_newest(like)
         if restored is None:
             state = first_state(run, config, weights, spread, Processes())
@@ -153,7 +168,7 @@ def train_grpo(
             tokenizer,
             problems,
             scorer,
-            Evaluation(rl, problems, stack.enter_context(_eval_scorer(rl, problems)), tokenizer),
+            Evaluation(rl, problems, measure, tokenizer),
             checkpoints,
             stop,
             spread,
@@ -180,91 +195,12 @@ def _with_rows(config: Config, rl: RlConfig) -> Config:
     return dataclasses.replace(config, train=train)
 
 
-def _eval_scorer(rl: RlConfig, problems: Problems) -> Scorer:
-    """What held-out completions are measured by, whatever is rewarded."""
-    form = next((r.name for r in rl.rewards if r.name.startswith("format")), "format")
-    names = {"format": form}
-    if all("answer" in problem.record for problem in problems.held_out):
-        names["accuracy"] = "accuracy"
-    return Scorer(names, workers=rl.reward_workers, timeout_s=rl.reward_timeout_s)
-
-
-# ---- what a checkpoint holds --------------------------------------------------------------------
-
-
-def _rollout_shapes(config: Config, rl: RlConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    n, y, c = rl.completions, rl.longest, rl.max_completion_tokens
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "tokens_NY": ((n, y), np.int32),
-        "prompt_N": ((n,), np.int32),
-        "count_N": ((n,), np.int32),
-        "advantage_N": ((n,), np.float32),
-        **{f"log_{name}_NC": ((n, c), np.float32) for name in ("sample", "old", "ref")},
-    }
-    if rl.replay_routing:
-        for stack in config.model.stacks:
-            for i, block in enumerate(stack.blocks):
-                if chosen := getattr(block.ffn, "num_experts_per_token", 0):
-                    shape = n, y, stack.repeats, chosen
-                    shapes[f"routing_{stack.key(i)}"] = (shape, np.uint16)
-    return {name: jax.ShapeDtypeStruct(shape, kind) for name, (shape, kind) in shapes.items()}
-
-
-def _abstract(config: Config, rl: RlConfig, spread: Spread) -> dict[str, Any]:
-    state = abstract_state(config, spread.rules, spread.mesh)
-    whole = SingleDeviceSharding(jax.local_devices()[0])
-    like = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    if rl.kl_weight > 0:
-        like["reference"] = {"params": state.params, "bias": state.bias}
-    like["rollout"] = {
-        name: jax.ShapeDtypeStruct(
-            x.shape,
-            x.dtype,
-            sharding=whole
-            if spread.mesh is None
-            else NamedSharding(spread.mesh, PartitionSpec(*(None,) * len(x.shape))),
-        )
-        for name, x in _rollout_shapes(config, rl).items()
-    }
-    return like
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scored:
-    """A rollout with all that its steps read."""
-
-    sequences: Sequences
-    log_sample_NC: np.ndarray
-    log_old_NC: np.ndarray
-    log_ref_NC: np.ndarray
-    advantage_N: np.ndarray
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """As a checkpoint has them."""
-        of = self.sequences
-        return {
-            "tokens_NY": of.tokens_NY,
-            "prompt_N": of.prompt_N,
-            "count_N": of.count_N.astype(np.int32),
-            "advantage_N": self.advantage_N,
-            "log_sample_NC": self.log_sample_NC,
-            "log_old_NC": self.log_old_NC,
-            "log_ref_NC": self.log_ref_NC,
-            **{f"routing_{name}": kept for name, kept in of.routing.items()},
-        }
-
-    @classmethod
-    def of_arrays(cls, arrays: Mapping[str, Any]) -> "_Scored":
-        """The inverse of `arrays`."""
-        arrays = {name: np.asarray(value) for name, value in arrays.items()}
-        routing = {
-            name.removeprefix("routing_"): value
-            for name, value in arrays.items()
-            if name.startswith("routing_")
-        }
-        sequences = Sequences(arrays["tokens_NY"], arrays["prompt_N"], arrays["count_N"], routing)
-        names = ("log_sample_NC", "log_old_NC", "log_ref_NC", "advantage_N")
-        return cls(sequences, **{name: arrays[name] for name in names})
+def _check_sandbox(problems: Problems, named: Mapping[str, str | Reward]) -> None:
+    """Refuses, before anything is written, programs to judge where nothing can hold them."""
+    asked = itertools.chain(problems.train, (problem.record for problem in problems.held_out))
+    programs = any(record.get("verify") == "code" for record in asked)
+    if programs and "accuracy" in named.values() and (why := sandbox.unavailable()):
+        raise InputError(f"there are programs to judge, and no sandbox works: {why}")
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -288,8 +224,9 @@ class _Trainer:
         restored: Restored | None,
         spent_s: float,
     ):
-        config, rl = run.config, run.config.rl
+        rl = run.config.rl
         assert rl is not None  # the caller has looked
+        config = _with_rows(run.config, rl)
         self.run, self.config, self.rl, self.workdir = run, config, rl, workdir
         self.problems, self.checkpoints, self.stop, self.spread = (
             problems,
@@ -300,12 +237,12 @@ class _Trainer:
         self.evaluation = evaluation
         self.state, self.step, self.tokens = state, 0, 0
         self.position, self.before = 0, None
-        self.rollout: _Scored | None = None
+        self.rollout: Scored | None = None
         self.reference: dict[str, Any] | None = None
         if restored is not None:
             self.step, self.tokens = restored.step, restored.meta["tokens"]
             self.position, self.before = restored.data["position"], restored.meta["before"]
-            self.rollout = _Scored.of_arrays(restored.state["rollout"])
+            self.rollout = Scored.of_arrays(restored.state["rollout"])
             self.reference = restored.state.get("reference")
         elif rl.kl_weight > 0:
             self.reference = self._copied()
@@ -322,7 +259,6 @@ class _Trainer:
             ema_decay=config.train.ema_decay,
             spread=spread,
         )
-        self._score = jax.jit(_scoring(self.graphdef, self.loss, spread))
         # Rows are whole where tokens are drawn, and so are experts' buffers.
         self.sampling_rules = PRESETS["single" if spread.mesh is None else "decode"]
         by_row = jax.eval_shape(build(config, self.sampling_rules), jax.random.key(0))
@@ -366,7 +302,8 @@ class _Trainer:
         if self.before is None and self.step == 0:
             with self.clock.pause():
                 self.before = self._evaluate(sampled=True)
-            self._tell_evaluation(self.before)
+            if not self.writer.has(0, "eval/format"):  # by a process that was killed early
+                self._tell_evaluation(self.before)
         self.clock.begin_stage()
         while self.step < last and self.stop.agreed() is None:
             self._take_step(last)
@@ -374,9 +311,10 @@ class _Trainer:
             self._save()
         after = None
         if self.stop.agreed() is None and self.step == self.rl.steps:
-            with self.clock.pause():
-                after = self._evaluate(sampled=True)
-            if not self.writer.has(self.step, "eval/format"):
+            after = self._told_before() if self.writer.has(self.step, "eval/format") else None
+            if after is None:
+                with self.clock.pause():
+                    after = self._evaluate(sampled=True)
                 self._tell_evaluation(after)
         with self.clock.saving():
             self.checkpoints.wait()
@@ -409,10 +347,10 @@ class _Trainer:
         tokens = int((batch["segments_BT"] > 0).sum())
         self.step, self.tokens = self.step + 1, self.tokens + tokens
         told["ratio_min"] = 1.0 / max(float(told.pop("ratio_inverse_max")), 1e-30)
-        if part > 0 and not rl.score_rollouts:  # by now the weights differ, too
+        if part > 0 or rl.score_rollouts:  # by now the weights differ, too; or it is known of all
             told.pop("logprob_gap"), told.pop("logprob_gap_max")
-        finite = bool(np.isfinite(told["loss_total"]) and np.isfinite(told["grad_norm"]))
-        finite = finite and told["dispatch_overflow"] == 0
+        finite = np.isfinite(told["loss_total"]) and np.isfinite(told["grad_norm"])
+        finite = bool(finite and told["dispatch_overflow"] == 0)
         timing = self.clock.step(tokens, skipped=not finite)
         timing.pop("tokens_per_s", None)
         optimizer = self.config.train.optimizer
@@ -473,20 +411,24 @@ class _Trainer:
             _tell(f"reward {name} failed: {error}; such samples are left out")
         self._warn_of_constants(rollout)
         write_samples(self.workdir, self.step, rollout.shown)
-        return rollout.metrics | told | {"score_s": score_s, "too_long": self.problems.too_long}
+        return rollout.metrics | told | {"score_s": score_s}
 
-    def _scored(self, rollout: Rollout) -> tuple[_Scored, dict[str, float]]:
+    def _scored(self, rollout: Rollout) -> tuple[Scored, dict[str, float]]:
         """Adds the trainer's and the reference's log probabilities, where they are wanted."""
         sample_NC, told = rollout.log_sample_NC, {}
         old_NC, ref_NC = sample_NC, np.zeros_like(sample_NC)
         if self.rl.score_rollouts:
             old_NC = self._log_probs(self.state.params, self.state.bias, rollout.sequences)
+            there_NC = np.arange(sample_NC.shape[1]) < rollout.sequences.count_N[:, None]
+            gaps = np.abs(old_NC - sample_NC)[there_NC]
+            told = {"logprob_gap": float(gaps.mean()) if gaps.size else 0.0}
+            told["logprob_gap_max"] = float(gaps.max(initial=0.0))
         if self.reference is not None:
             ref_NC = self._log_probs(
                 self.reference["params"], self.reference["bias"], rollout.sequences
             )
         arrays = rollout.sequences, sample_NC, old_NC, ref_NC, rollout.advantage_N
-        return _Scored(*arrays), told
+        return Scored(*arrays), told
 
     def _log_probs(self, params: Any, bias: Any, sequences: Sequences) -> np.ndarray:
         """[N, C] log probabilities of new tokens."""
@@ -506,7 +448,8 @@ class _Trainer:
         with self.spread.mesh_set():
             for start in range(0, rows, micro):
                 part = {name: value[start : start + micro] for name, value in batch.items()}
-                found.append(self._fetch(self._score(params, bias, self.spread(part, micro))))
+                part = self.spread(part, micro)
+                found.append(self._fetch(_score(params, bias, part, self.graphdef, self.loss.draw)))
         return unpack(np.concatenate(found), sequences, places, rl.max_completion_tokens)
 
     def _fetch(self, value_BT: jax.Array) -> np.ndarray:
@@ -522,7 +465,7 @@ class _Trainer:
         used = 1 + max((at.row for at in places.values()), default=0)
         return -(-used // self.rl.micro_batch_rows) * self.rl.micro_batch_rows
 
-    def _mini_batch(self, rollout: _Scored, part: int) -> dict[str, np.ndarray]:
+    def _mini_batch(self, rollout: Scored, part: int) -> dict[str, np.ndarray]:
         """The rows of one of a rollout's mini-batches, which are drawn at random."""
         rl, n = self.rl, self.rl.completions
         order = document_order(n, self.run.seed, 1 + (self.step - part))
@@ -566,6 +509,17 @@ class _Trainer:
 
     def _evaluate(self, *, sampled: bool) -> dict[str, float]:
         return self.evaluation(self.batcher, self._moved(), sampled=sampled)
+
+    def _told_before(self) -> dict[str, float] | None:
+        """The last evaluation of a run that is done."""
+        for row in reversed(read_metrics(self.workdir)):
+            if row["step"] == self.step and "eval/format" in row:
+                return {
+                    name.removeprefix("eval/"): math.nan if value is None else value
+                    for name, value in row.items()
+                    if name.startswith("eval/")
+                }
+        return None
 
     def _named(self, figures: dict[str, float]) -> dict[str, float]:
         return {f"eval/{name}": value for name, value in figures.items()}
@@ -622,7 +576,7 @@ class _Trainer:
         }
         if self.reference is not None:
             state["reference"] = self.reference
-        places = _abstract(self.config, self.rl, self.spread)["rollout"]
+        places = abstract(self.config, self.rl, self.spread)["rollout"]
         state["rollout"] = {
             name: jax.device_put(value, places[name].sharding)
             for name, value in self.rollout.arrays().items()
@@ -636,16 +590,15 @@ class _Trainer:
             )
 
 
-def _scoring(graphdef: Any, loss: GrpoLoss, spread: Spread) -> Any:
-    by_row = PartitionSpec(*(spread.rules.of(a) or None for a in ("batch", "seq")))
+@functools.partial(jax.jit, static_argnames=("graphdef", "draw"))
+def _score(params: Any, bias: Any, batch: Any, graphdef: Any, draw: Draw) -> jax.Array:
+    rules = blueprint_rules(graphdef)
+    by_row = PartitionSpec(*(rules.of(axis) or None for axis in ("batch", "seq")))
 
-    def scoring(params, bias, batch):
-        def local(params, bias, batch):
-            return score(merge(graphdef, params, bias), batch, loss.draw)[0]
+    def local(params, bias, batch):
+        return score(merge(graphdef, params, bias), batch, draw)[0]
 
-        return island.run(local, by_row, params, bias, batch)
-
-    return scoring
+    return island.run(local, by_row, params, bias, batch)
 
 
 def _stop_ids(tokenizer: Tokenizer, config: Config, workdir: str | os.PathLike) -> tuple[int, ...]:

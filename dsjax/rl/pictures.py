@@ -5,6 +5,7 @@ Knows nothing about training: it draws the rows of `metrics.jsonl`.
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def write_samples(workdir: str | os.PathLike, step: int, shown: Sequence[Shown])
         return
     folder = Path(workdir) / "samples"
     folder.mkdir(exist_ok=True)
-    names = list(shown[0].rewards)
+    names = [name.replace("|", "\\|") for name in shown[0].rewards]
     lines = [f"# Completions after {step} steps", ""]
     lines += ["| # | " + " | ".join(names) + " | advantage | tokens | ended |"]
     lines += ["|" + "---|" * (len(names) + 4)]
@@ -124,13 +125,11 @@ def write_samples(workdir: str | os.PathLike, step: int, shown: Sequence[Shown])
 
 def _longest_run(text: str) -> int:
     """Of backticks."""
-    return max(
-        (len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0
-    )
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _short(text: str) -> str:
-    text = text.encode(errors="replace").decode()
+    text = text.encode(errors="replace").decode().replace("\0", "\N{SYMBOL FOR NULL}")
     if len(text) <= _SHOWN_CHARACTERS:
         return text
     half = _SHOWN_CHARACTERS // 2

@@ -23,7 +23,7 @@ from dsjax.interop.tokenizer import Tokenizer
 from dsjax.rl.groups import advantages, all_equal, overlong_penalty
 from dsjax.rl.rows import Sequences
 from dsjax.rl.tasks import Problem, Problems
-from dsjax.verify.rewards import Sample, Scorer
+from dsjax.verify.rewards import Sample, Scorer, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +111,19 @@ class Roller:
             on_finished: told how many more completions have ended.
             show: so many completions are kept as text.
         """
-        config, start = self.config, time.monotonic()
-        rewarding_s, sampled_tokens, tried, useless, first = 0.0, 0, 0, 0, position
+        config, start, first = self.config, time.monotonic(), position
+        rewarding_s, sampled_tokens, tried, useless = 0.0, 0, 0, 0
+        failed, first_errors = collections.Counter(), {}
         kept: list[_Group] = []
         spare: collections.deque[_Group] = collections.deque()
         for attempt in range(1 + config.dynamic_sampling):
             wanted = config.prompts - len(kept)
             problems, position = self.problems.take(position, wanted)
-            groups, seconds = self._groups(weights, problems, first, on_finished)
-            first += len(problems)
+            groups, scores, seconds = self._groups(weights, problems, first + tried, on_finished)
             rewarding_s += seconds
+            failed["reward_errors"] += sum(scores.errors.values())
+            failed["reward_timeouts"] += sum(scores.timeouts.values())
+            first_errors = scores.first_error | first_errors
             tried += len(groups)
             sampled_tokens += sum(int(group.count_G.sum()) for group in groups)
             teaches = ~all_equal(np.stack([group.total_G for group in groups]))
@@ -141,11 +144,15 @@ class Roller:
             "rollout_tokens_per_s": sampled_tokens / max(rollout_s, 1e-9),
             "zero_std_share": useless / tried,
             "resampled_groups": float(tried - config.prompts),
+            "too_long": float(position - first - tried),
+            **{name: float(count) for name, count in failed.items()},
         }
-        return self._rollout(kept, version, position, metrics, show)
+        return self._rollout(kept, version, position, metrics, first_errors, show)
 
-    def _groups(self, weights, problems, first, on_finished) -> tuple[list["_Group"], float]:
-        """Completions of some problems with their rewards, and the seconds that rewarding took."""
+    def _groups(
+        self, weights, problems, first, on_finished
+    ) -> tuple[list["_Group"], Scores, float]:
+        """Completions of some problems, what rewards said, and the seconds that this took."""
         size = self.config.group_size
         requests = [
             Request(problem.ids, (first + i) * size + j)
@@ -182,14 +189,11 @@ class Roller:
                     texts=texts[own],
                     rewards={n: np.asarray(v, np.float64)[own] for n, v in scores.values.items()},
                     total_G=total_N[own],
-                    errors=sum(scores.errors.values()) if i == 0 else 0,
-                    timeouts=sum(scores.timeouts.values()) if i == 0 else 0,
-                    first_errors=scores.first_error if i == 0 else {},
                 )
             )
-        return groups, seconds
+        return groups, scores, seconds
 
-    def _rollout(self, groups, version, position, metrics, show) -> Rollout:
+    def _rollout(self, groups, version, position, metrics, first_errors, show) -> Rollout:
         config = self.config
         total_PG = np.stack([group.total_G for group in groups])
         advantage_PG = advantages(self._in_places(total_PG, version), config.advantage)
@@ -235,7 +239,7 @@ class Roller:
             position=position,
             metrics=metrics,
             shown=shown,
-            first_errors={k: v for group in groups for k, v in group.first_errors.items()},
+            first_errors=first_errors,
             ranges={name: self._range(groups, name) for name in self.weights},
         )
 
@@ -252,18 +256,16 @@ class Roller:
         return total_PG.reshape(-1)[order].reshape(total_PG.shape)
 
     def _metrics(self, groups, total_PG, count_PG, stopped_PG) -> dict[str, float]:
-        ended = count_PG[stopped_PG]
+        ended, known_N = count_PG[stopped_PG], total_PG[np.isfinite(total_PG)]
         told = {
             "reward": _mean(total_PG),
-            "reward_std": float(np.nan_to_num(np.nanstd(total_PG))) if total_PG.size else 0.0,
+            "reward_std": float(known_N.std()) if known_N.size else math.nan,
             "completion_tokens": float(count_PG.mean()),
             "completion_tokens_min": float(count_PG.min()),
             "completion_tokens_max": float(count_PG.max()),
             "ended_tokens": float(ended.mean()) if ended.size else 0.0,
             "truncated_share": float(1.0 - stopped_PG.mean()),
             "masked_samples": float((~np.isfinite(total_PG)).sum()),
-            "reward_errors": float(sum(group.errors for group in groups)),
-            "reward_timeouts": float(sum(group.timeouts for group in groups)),
         }
         for name in self.weights:
             values_PG = np.stack([group.rewards[name] for group in groups])
@@ -284,9 +286,6 @@ class _Group:
     texts: Sequence[str]
     rewards: dict[str, np.ndarray]
     total_G: np.ndarray
-    errors: int
-    timeouts: int
-    first_errors: dict[str, str]
 
 
 def decoded(

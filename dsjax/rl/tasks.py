@@ -4,6 +4,7 @@ Knows nothing about sampling or rewards. Which problem comes when is a function 
 counter, so that a run goes on where it was.
 """
 
+import codecs
 import dataclasses
 import functools
 import glob
@@ -21,9 +22,11 @@ from dsjax.errors import InputError
 from dsjax.interop.chat import ChatTemplate
 from dsjax.interop.tokenizer import Tokenizer
 from dsjax.verify import gym
+from dsjax.verify.accuracy import check_record
+
+type Check = Callable[[Mapping[str, Any]], None]
 
 GYM = "reasoning_gym:"
-TRAIN_SIZE = 20_000  # problems of a procedural family, before they come again
 _QUESTIONS = ("messages", "prompt", "question")  # a line has one of them
 
 
@@ -47,7 +50,7 @@ class Problems:
 
     Attributes:
         held_out: never trained on.
-        too_long: how many training problems were left out so far, their prompts too long.
+        train: records to train on.
     """
 
     def __init__(
@@ -69,10 +72,10 @@ class Problems:
             seed: of the order.
 
         Raises:
-            InputError: if no held-out prompt is short enough, or none of the first epoch.
+            InputError: if no held-out prompt is short enough, or none to train on.
         """
-        self._train, self._render, self._seed = train, render, seed
-        self._max_tokens, self.too_long = max_tokens, 0
+        self.train, self._render, self._seed = train, render, seed
+        self._max_tokens = max_tokens
         found = [self._problem(record) for record in held_out]
         self.held_out = [p for p in found if len(p.ids) <= max_tokens]
         if not self.held_out or not train:
@@ -81,9 +84,10 @@ class Problems:
                 f"no held-out problem is left: prompts have up to {longest} tokens, "
                 f"rl.max_prompt_tokens is {max_tokens}"
             )
+        self.take(0, 1)
 
     def take(self, position: int, count: int) -> tuple[list[Problem], int]:
-        """The next problems from a position on.
+        """The next problems from a position on; those with prompts that are too long are left out.
 
         Returns:
             (problems, the position behind them).
@@ -94,14 +98,12 @@ class Problems:
         found: list[Problem] = []
         start = position
         while len(found) < count:
-            epoch, at = divmod(position, len(self._train))
-            problem = self._problem(self._train[self._order(epoch)[at]])
+            epoch, at = divmod(position, len(self.train))
+            problem = self._problem(self.train[self._order(epoch)[at]])
             position += 1
             if len(problem.ids) <= self._max_tokens:
                 found.append(problem)
-            else:
-                self.too_long += 1
-            if not found and position - start > len(self._train):
+            if not found and position - start > len(self.train):
                 raise InputError(
                     f"no prompt of rl.task has at most {self._max_tokens} tokens "
                     "(rl.max_prompt_tokens)"
@@ -110,20 +112,36 @@ class Problems:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  # one object a run
     def _order(self, epoch: int) -> np.ndarray:
-        return document_order(len(self._train), self._seed, epoch)
+        return document_order(len(self.train), self._seed, epoch)
 
     def _problem(self, record: Mapping[str, Any]) -> Problem:
         ids, prompt = self._render(_question_of(record))
         return Problem(ids, prompt, record)
 
 
-def open_problems(config: RlConfig, tokenizer: Tokenizer, seed: int) -> Problems:
+def check_for(rewards: Mapping[str, Any]) -> Check:
+    """A function that refuses a record which the built-in ones of these rewards cannot judge."""
+    names = list(rewards.values())
+
+    def check(record: Mapping[str, Any]) -> None:
+        if "accuracy" in names:
+            check_record(record)
+        if "exact" in names:
+            check_record({**record, "verify": "exact"})
+
+    return check
+
+
+def open_problems(
+    config: RlConfig, tokenizer: Tokenizer, seed: int, *, check: Check = lambda record: None
+) -> Problems:
     """The problems that `rl.task` names.
 
     Args:
         config: of the run.
         tokenizer: makes prompts, by its chat template where the configuration wants one.
         seed: of the run.
+        check: refuses, with an InputError, a record that cannot be judged.
 
     Raises:
         InputError: for a task that is neither there nor known, lines that are no problems, or a
@@ -131,7 +149,10 @@ def open_problems(config: RlConfig, tokenizer: Tokenizer, seed: int) -> Problems
     """
     train, held_out = [], []
     for part in _parts(config.task):
-        ours = _of_family(part, config, seed) if part.startswith(GYM) else _of_files(part, config)
+        if part.startswith(GYM):
+            ours = _of_family(part, config, seed)
+        else:
+            ours = _of_files(part, config, check)
         train += ours[0]
         held_out += ours[1]
     if not train or not held_out:
@@ -198,11 +219,11 @@ def _of_family(part: str, config: RlConfig, seed: int) -> tuple[list, list]:
     except ValueError as error:
         raise InputError(f"rl.task {part!r}: {error}") from error
     return gym.train_and_held_out(
-        *(name,), seed=seed, train=TRAIN_SIZE, held_out=config.held_out, config=fields
+        *(name,), seed=seed, train=config.problems, held_out=config.held_out, config=fields
     )
 
 
-def _of_files(pattern: str, config: RlConfig) -> tuple[list, list]:
+def _of_files(pattern: str, config: RlConfig, check: Check) -> tuple[list, list]:
     """Records of JSON lines; which are held out depends on their question alone."""
     paths = sorted(glob.glob(pattern, recursive=True))
     if not paths:
@@ -211,32 +232,55 @@ def _of_files(pattern: str, config: RlConfig) -> tuple[list, list]:
         )
     records: dict[str, dict[str, Any]] = {}  # by question: none is on both sides
     for path in paths:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    record = _record(line, f"{path}, line {number}")
-                    key = json.dumps(_question_of(record), ensure_ascii=False, sort_keys=True)
-                    records.setdefault(hashlib.sha256(key.encode()).hexdigest(), record)
+        try:
+            with open(path, "rb") as file:
+                lines = file.read().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        except OSError as error:
+            raise InputError(f"rl.task: {path} cannot be read: {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    record = _record(line)
+                    check(record)
+                except InputError as error:
+                    raise InputError(f"{path}, line {number}: {error}") from error
+                key = json.dumps(_question_of(record), sort_keys=True)
+                records.setdefault(hashlib.sha256(key.encode()).hexdigest(), record)
     ordered = [records[key] for key in sorted(records)]
     count = min(config.held_out, len(ordered) // 2)
     return ordered[count:], ordered[:count]
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
+def _record(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from error
+        raise InputError(f"it is not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise InputError(f"{where} is no object")
+        raise InputError("it is no object")
     if not any(name in record for name in _QUESTIONS):
-        raise InputError(f"{where} has none of {', '.join(_QUESTIONS)}")
+        raise InputError(f"it has none of {', '.join(_QUESTIONS)}")
+    _check_question(_question_of(record))
     if "answer" in record and isinstance(record["answer"], str):
         # GSM8K's answers end with the result behind four hashes.
         _, hashes, result = record["answer"].rpartition("####")
         if hashes:
             record = record | {"answer": result.strip(), "solution": record["answer"]}
     return record
+
+
+def _check_question(question: Any) -> None:
+    if isinstance(question, list) and question:
+        if not all(isinstance(message, dict) for message in question):
+            raise InputError("its messages are no objects")
+        if question[-1].get("role") == "assistant":
+            raise InputError("its messages end with an answer; the last one is to be a question")
+    elif not isinstance(question, str) or not question.strip():
+        raise InputError(f"its question is {question!r:.80}")
+    try:
+        json.dumps(question, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can write what UTF-8 cannot
+        raise InputError("its question holds half of a surrogate pair") from error
 
 
 def _evenly(items: list, count: int) -> list:

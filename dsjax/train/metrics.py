@@ -29,7 +29,7 @@ from dsjax.errors import InputError, nearest
 METRICS_FILE = "metrics.jsonl"
 
 # Name -> unit and meaning. Families end in "/": one entry a stack, [L] or [L, E] numbers.
-SCHEMA = {
+_TRAINING = {
     "step": "optimizer steps taken",
     "tokens": "positions seen since the start of the run",
     "batch_size": "sequences of this step",
@@ -45,6 +45,28 @@ SCHEMA = {
     "eval_overflow": "held-out tokens without room in a bounded exchange; then no loss",
     "bits_per_byte": "held-out bits a byte of text",
     "bits_per_byte_ema": "the same of the moving average of the weights",
+    "learning_rate": "of this step",
+    "bias_speed": "gamma of this step",
+    "mtp_loss_weight": "lambda of this step",
+    "grad_norm": "global norm before clipping",
+    "param_norm": "global norm after the step",
+    "update_norm": "global norm of the change",
+    "skipped_steps": "steps so far without a finite loss and gradient",
+    "dispatch_overflow": "tokens that a bounded exchange had no room for; the step is skipped",
+    "tokens_per_s": "positions a second of this step, waiting for data included",
+    "share_of_peak": "the model's operations a second over what the devices could do",
+    "memory_bytes": "most memory ever in use: of a device, or of the process on CPU",
+    "data_wait_s": "seconds since the last row spent waiting for data",
+    "save_s": "seconds since the last row that saving held the loop",
+    "wall_s": "seconds that all processes of the run have taken so far",
+    "productive_s": "seconds of them in steps that count",
+    "goodput": "productive_s / wall_s",
+    "router/": "router health by stack: max_violation, load_entropy, dead_experts, bias_spread",
+    "load/": "tokens of each expert by stack",
+    "bias/": "balancing bias of each expert by stack",
+}
+# What reinforcement learning tells beside that; families are numbers by name.
+REINFORCEMENT = {
     "loss_policy": "clipped surrogate of reinforcement learning, negated",
     "loss_kl": "divergence from the reference before its weight, aggregated as the loss",
     "kl": "k3 estimate of KL(policy || reference), nats a token",
@@ -72,7 +94,7 @@ SCHEMA = {
     "completion_tokens_max": "longest",
     "ended_tokens": "mean length of those that ended by themselves",
     "truncated_share": "share of completions that did not",
-    "too_long": "problems left out so far, their prompts too long",
+    "too_long": "problems that a rollout left out, their prompts too long",
     "weight_version": "steps of the weights that this step's samples were drawn from",
     "reference_age": "steps since the reference was replaced",
     "rollout_s": "seconds of sampling",
@@ -82,26 +104,8 @@ SCHEMA = {
     "rollout_tokens_per_s": "new tokens a second while sampling",
     "update_tokens_per_s": "positions a second of this step",
     "eval/": "held-out: accuracy, format, tokens (greedy); pass_1, pass_k, format_sampled",
-    "learning_rate": "of this step",
-    "bias_speed": "gamma of this step",
-    "mtp_loss_weight": "lambda of this step",
-    "grad_norm": "global norm before clipping",
-    "param_norm": "global norm after the step",
-    "update_norm": "global norm of the change",
-    "skipped_steps": "steps so far without a finite loss and gradient",
-    "dispatch_overflow": "tokens that a bounded exchange had no room for; the step is skipped",
-    "tokens_per_s": "positions a second of this step, waiting for data included",
-    "share_of_peak": "the model's operations a second over what the devices could do",
-    "memory_bytes": "most memory ever in use: of a device, or of the process on CPU",
-    "data_wait_s": "seconds since the last row spent waiting for data",
-    "save_s": "seconds since the last row that saving held the loop",
-    "wall_s": "seconds that all processes of the run have taken so far",
-    "productive_s": "seconds of them in steps that count",
-    "goodput": "productive_s / wall_s",
-    "router/": "router health by stack: max_violation, load_entropy, dead_experts, bias_spread",
-    "load/": "tokens of each expert by stack",
-    "bias/": "balancing bias of each expert by stack",
 }
+SCHEMA = _TRAINING | REINFORCEMENT
 
 
 class MetricsWriter:
