@@ -82,7 +82,7 @@ contracts: $(STAMP) ## import-linter: the house's arrows
 	.venv/bin/lint-imports --no-cache --no-logo
 
 .PHONY: oracle
-oracle: $(ORACLE_STAMP) ## build .venv-oracle (torch, transformers) and write tests/golden anew
+oracle: $(ORACLE_STAMP) ## build .venv-oracle (torch, transformers, TRL) and write tests/golden anew
 	@for script in tests/oracle/*.py; do \
 		echo "$$script"; \
 		$(ORACLE_PY) "$$script" || exit 1; \
@@ -94,8 +94,9 @@ $(ORACLE_STAMP): Makefile
 		echo "making .venv-oracle with $$python"; \
 		"$$python" -m venv --clear .venv-oracle || exit 1; \
 	fi
-	@echo "installing torch and transformers into .venv-oracle"
-	@$(ORACLE_PY) -m pip install --quiet torch==2.13.0 transformers==5.23.0 safetensors gguf==0.19.0
+	@echo "installing torch, transformers and TRL into .venv-oracle"
+	@$(ORACLE_PY) -m pip install --quiet torch==2.13.0 transformers==5.23.0 safetensors gguf==0.19.0 \
+		trl==1.16.0 accelerate==1.15.0 datasets==5.2.0
 	@touch $@
 
 .PHONY: aot

@@ -115,6 +115,16 @@ def test_temperature_comes_before_top_p():
     assert_drawn_from(tokens, wanted / wanted.sum())
 
 
+def test_draws_reach_every_part_of_a_vocabulary_and_nothing_without_mass():
+    """Parts of one size, the last one filled up; most of them empty."""
+    probability = np.zeros(103)
+    probability[[0, 7, 8, 50, 95, 102]] = PROBABILITY
+    with np.errstate(divide="ignore"):
+        tokens, log_probs = draws(np.log(probability))
+    assert_drawn_from(tokens, probability)
+    np.testing.assert_allclose(np.exp(log_probs), probability[tokens], rtol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("top_p", [0.8, 1.0])
 def test_ids_past_the_allowed_are_never_drawn(temperature, top_p):

@@ -12,7 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dsjax.config import Config, DataConfig, RewardConfig, SourceConfig
+from dsjax.config import (
+    Config,
+    DataConfig,
+    PhaseConfig,
+    RewardConfig,
+    ScheduleConfig,
+    SourceConfig,
+)
 from dsjax.durable import write_durably
 from dsjax.overrides import override
 from dsjax.presets import preset
@@ -108,7 +115,11 @@ def rl_config(base: str | os.PathLike, *, rewards: tuple[str, ...], shuffled: bo
         max_logprob_gap=1e-4,
         eval_every_steps=10,
     )
-    return override(around(base, rl), "train.optimizer.learning_rate=3e-4")
+    config = override(around(base, rl), "train.optimizer.learning_rate=3e-4")
+    falling = ScheduleConfig(start=1.0, phases=(PhaseConfig(until=1.0, value=0.1, shape="cosine"),))
+    optimizer = dataclasses.replace(config.train.optimizer, schedule=falling)
+    train = dataclasses.replace(config.train, optimizer=optimizer)
+    return dataclasses.replace(config, train=train)
 
 
 def write_demonstrations(path: Path, *, worked_share: float, seeds: int) -> None:

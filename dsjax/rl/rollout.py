@@ -309,5 +309,5 @@ def _spread_over(shape: tuple[int, int], count: int) -> list[tuple[int, int]]:
     """Some completions: one of as many groups as there are."""
     groups, size = shape
     count = min(count, groups * size)
-    step = max(1, groups // count)
+    step = max(1, groups // max(count, 1))
     return [((i * step) % groups, (i * step) // groups % size) for i in range(count)]

@@ -65,7 +65,7 @@ def run(
         "parts": lambda: _parts(config, repeats, seed),
         "compile": lambda: _compile(config, seed),
     }
-    result: dict = {"machine": _machine()}
+    result: dict = {"machine": machine()}
     for part in parts:
         result[part] = measure[part]()
         print(f"{part}: {json.dumps(result[part])}", file=sys.stderr, flush=True)
@@ -77,7 +77,8 @@ def run(
         Path(out).write_text(text + "\n", encoding="utf-8")
 
 
-def _machine() -> dict:
+def machine() -> dict:
+    """What the timings depend on."""
     name = platform.processor()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
@@ -99,7 +100,7 @@ def _seconds(iteration: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each side, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
@@ -108,16 +109,27 @@ def _alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str,
     return seconds
 
 
-def _ratio(top: list[float], bottom: list[float]) -> dict:
+def ratio(top: list[float], bottom: list[float]) -> dict:
     """Pair by pair: top over bottom."""
     ratios = sorted(a / b for a, b in zip(top, bottom, strict=True))
     return {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
 
 
-@contextlib.contextmanager
-def _peer(mode: str, oracle: str) -> Iterator[Callable[[], float]]:
+def _peer(mode: str, oracle: str) -> contextlib.AbstractContextManager[Callable[[], float]]:
     """A warm transformers process; calling it does one iteration and returns its seconds."""
-    command = [oracle, str(PEER), f"--mode={mode}", "--interactive"]
+    return peer([oracle, str(PEER), f"--mode={mode}", "--interactive"])
+
+
+@contextlib.contextmanager
+def peer(command: Sequence[str]) -> Iterator[Callable[[], float]]:
+    """A process that is warm once it prints a line; calling it does one iteration.
+
+    Args:
+        command: reads a line for each iteration, and answers with JSON that has its `seconds`.
+
+    Raises:
+        InputError: if it does not start.
+    """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **pipes) as process:
         if not process.stdout.readline():
@@ -174,11 +186,11 @@ def _peer_train(config: Config, repeats: int, oracle: str, seed: int) -> dict:
     tokens = config.train.tokens_per_step
     ours = _train_iteration(config, seed)
     with _peer("train", oracle) as theirs:
-        seconds = _alternate({"dsjax": ours, "transformers": theirs}, repeats)
+        seconds = alternate({"dsjax": ours, "transformers": theirs}, repeats)
     return {
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
         "tokens_per_s": {name: tokens / statistics.median(s) for name, s in seconds.items()},
-        "times_as_fast": _ratio(seconds["transformers"], seconds["dsjax"]),
+        "times_as_fast": ratio(seconds["transformers"], seconds["dsjax"]),
     }
 
 
@@ -192,11 +204,11 @@ def _peer_generate(config: Config, repeats: int, oracle: str, seed: int) -> dict
     iteration()
     with _peer("generate", oracle) as theirs:
         sides = {"dsjax": functools.partial(_seconds, iteration), "transformers": theirs}
-        seconds = _alternate(sides, repeats)
+        seconds = alternate(sides, repeats)
     return {
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
         "tokens_per_s": {name: 4 * 64 / statistics.median(s) for name, s in seconds.items()},
-        "times_as_fast": _ratio(seconds["transformers"], seconds["dsjax"]),
+        "times_as_fast": ratio(seconds["transformers"], seconds["dsjax"]),
     }
 
 
@@ -226,12 +238,10 @@ def _dispatch(config: Config, repeats: int, seed: int) -> dict:
         mock.patch.object(moe_room, "combine", _grouped_combine),
     ):
         grouped = _train_iteration(config, seed)
-    seconds = _alternate(
-        {"dispatched": _train_iteration(config, seed), "grouped": grouped}, repeats
-    )
+    seconds = alternate({"dispatched": _train_iteration(config, seed), "grouped": grouped}, repeats)
     return {
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
-        "cost": _ratio(seconds["dispatched"], seconds["grouped"]),
+        "cost": ratio(seconds["dispatched"], seconds["grouped"]),
     }
 
 
@@ -314,7 +324,7 @@ def _parts(config: Config, repeats: int, seed: int) -> dict:
     timed["step"] = _train_iteration(config, seed)
     flops = {name: f for name, (_, f) in sides.items()}
     flops["step"] = sum(train_flops_per_token(config).values()) * tokens
-    seconds = _alternate(timed, repeats)
+    seconds = alternate(timed, repeats)
     peak = statistics.median(2 * size**3 / s for s in seconds["matmul"])
     best = max(2 * size**3 / s for s in seconds["matmul"])
     return {
