@@ -473,7 +473,7 @@ def scored(place: tuple[str, MeshShape] | None):
     lm = language_model()
     if place is not None:
         lm = lm.with_rules(PRESETS[place[0]], make_mesh(place[1]))
-    made = lm.generate_tokens(PROMPTS, max_tokens=12, temperature=0.8, seed=3, stop_ids=(7, 9))
+    made = lm.generate_tokens(PROMPTS, max_tokens=12, temperature=0.8, seed=3, stop_ids=(27, 52))
     logits_BTV = np.asarray(lm.logits([prompt[:3] for prompt in PROMPTS]))
     batches = [batch_of(LENGTHS[:8], seed=5)]
     share = second_token_acceptance(lm.graphdef, lm.params, lm.bias, batches)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from dsjax.errors import InputError
-from dsjax.infer.sampler import sample
+from dsjax.infer.sampler import row_keys, sample
 from dsjax.interop import tokenizer as tokenizer_module
 from dsjax.interop.tokenizer import (
     BOS_ID,
@@ -173,7 +173,10 @@ def test_rows_that_no_token_uses_are_never_drawn(published):
     for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.5), (1e-3, 1.0)):
         for seed in range(3):
             tokens_B, log_probs_B = draw(
-                logits_BV, jax.random.key(seed), temperature=temperature, top_p=top_p
+                logits_BV,
+                row_keys(jax.random.key(seed), 2),
+                temperature=temperature,
+                top_p=top_p,
             )
             assert tokens_B.max() < published.vocab_size == 128_815
             assert np.isfinite(log_probs_B).all()
