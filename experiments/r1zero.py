@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from dsjax.errors import InputError
-from dsjax.rl.r1zero import run_r1zero
+from dsjax.rl.r1zero import MAX_SEEDS, run_r1zero
 from dsjax.workdir import COMPILED
 from experiments import command
 
@@ -28,8 +28,8 @@ def _body(values: flags.FlagValues) -> None:
         raise InputError("this script takes --workdir, --seeds and --controls alone")
     if not values.workdir:
         raise InputError("--workdir is needed: the folder that the runs are kept in")
-    if not 1 <= values.seeds <= 100:
-        raise InputError(f"--seeds is {values.seeds}; it must lie in [1, 100]")
+    if not 1 <= values.seeds <= MAX_SEEDS:
+        raise InputError(f"--seeds is {values.seeds}; it must lie in [1, {MAX_SEEDS}]")
     command.keep_compiled(os.path.join(values.workdir, COMPILED))
     found = run_r1zero(values.workdir, seeds=values.seeds, controls=values.controls)
     if found is None:

@@ -33,10 +33,9 @@ def test_advantages_by_hand():
         advantages(rewards), [[0.8660239, -0.8660239, -0.8660239, 0.8660239]], rtol=1e-6
     )
     np.testing.assert_allclose(advantages(rewards, "mean"), [[0.5, -0.5, -0.5, 0.5]])
-    two = np.array([[1.0, 0.0], [3.0, 1.0]])  # deviations of all four around their means
-    spread = np.sqrt((0.5**2 * 2 + 1.0**2 * 2) / 3)
+    two = np.array([[1.0, 0.0], [3.0, 1.0]])  # deviation of all four: sqrt(4.75 / 3)
     np.testing.assert_allclose(
-        advantages(two, "batch"), np.array([[0.5, -0.5], [1.0, -1.0]]) / spread, rtol=1e-5
+        advantages(two, "batch"), np.array([[0.5, -0.5], [1.0, -1.0]]) / 1.2583057, rtol=1e-5
     )
 
 

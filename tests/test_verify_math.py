@@ -140,6 +140,11 @@ def test_problems_of_a_seed():
     assert problems == gym.problems("chain_sum", seed=3, size=5, config=config)
     assert problems[:3] == gym.problems("chain_sum", seed=3, size=3, config=config)
     assert problems != gym.problems("chain_sum", seed=4, size=5, config=config)
+    long = {"min_terms": 4, "min_digits": 3, "max_digits": 4}  # none by chance
+    many = [gym.problems("chain_sum", seed=seed, size=200, config=long) for seed in range(3)]
+    questions = [{problem["question"] for problem in found} for found in many]
+    assert not questions[0] & questions[1]
+    assert not questions[1] & questions[2]
     for problem in problems:
         accuracy.check_record(problem)
         assert problem["question"].count("+") + problem["question"].count(" - ") == 1

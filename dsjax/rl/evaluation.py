@@ -64,17 +64,19 @@ class Evaluation:
             weights: (params, bias), prepared.
             sampled: whether each is also answered `eval_samples` times at the run's temperature.
 
+        What could not be judged counts as wrong.
+
         Returns:
             `accuracy` and `format` of the best answers, means over problems, and their mean length,
             `tokens`; with `sampled` also `pass_1`, `pass_k`, `format_sampled`.
         """
         values, count_N = self._ask(batcher, weights, 1, 0.0)
-        figures = {name: float(np.nanmean(of)) for name, of in values.items()}
+        figures = {name: float(np.mean(of)) for name, of in values.items()}
         figures["tokens"] = float(count_N.mean())
         times = self._config.eval_samples
         if sampled and times:
             values, _ = self._ask(batcher, weights, times, self._config.temperature)
-            figures["format_sampled"] = float(np.nanmean(values["format"]))
+            figures["format_sampled"] = float(np.mean(values["format"]))
             if "accuracy" in values:
                 right = (values["accuracy"].reshape(-1, times) >= 1.0).sum(axis=1)
                 figures["pass_1"] = float(np.mean([pass_at_k(times, int(c), 1) for c in right]))
@@ -92,5 +94,5 @@ class Evaluation:
         scores = self._scorer(
             [Sample(p.prompt, text, p.record) for p, text in zip(asked, texts, strict=True)]
         )
-        values = {name: np.asarray(of, np.float64) for name, of in scores.values.items()}
+        values = {name: np.nan_to_num(np.asarray(of)) for name, of in scores.values.items()}
         return values, found.count_N

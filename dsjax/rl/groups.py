@@ -23,8 +23,8 @@ def advantages(
 
     Args:
         rewards_PG: sums of rewards; NaN for masked samples.
-        kind: divides by the group's deviation, by that of all samples around their groups' means
-            (Lite-PPO), or by nothing (Dr. GRPO).
+        kind: divides by the group's deviation, by that of all samples (Lite-PPO, as TRL takes it),
+            or by nothing (Dr. GRPO).
 
     Returns:
         float64 [P, G].
@@ -38,10 +38,10 @@ def advantages(
     centred_PG = np.where(counts_PG, rewards_PG - mean_P1, 0.0)
     if kind == "mean":
         return centred_PG
-    squares_P1 = (centred_PG**2).sum(axis=1, keepdims=True)
     if kind == "batch":
-        deviation = np.sqrt(squares_P1.sum() / max(counts_PG.sum() - 1, 1))
-        return centred_PG / (deviation + EPS)
+        all_N = rewards_PG[counts_PG]
+        return centred_PG / ((all_N.std(ddof=1) if all_N.size else 0.0) + EPS)
+    squares_P1 = (centred_PG**2).sum(axis=1, keepdims=True)
     return centred_PG / (np.sqrt(squares_P1 / np.maximum(count_P1 - 1, 1)) + EPS)
 
 

@@ -122,6 +122,8 @@ def train_grpo(
         raise InputError("the configuration has no rl section")
     if jax.process_count() > 1:
         raise InputError("reinforcement learning over several processes is not here yet")
+    if config.precision.recipe == "fp8_per_tensor":
+        raise InputError("precision.recipe fp8_per_tensor, a control, is for pretraining alone")
     rl, entered = config.rl, time.monotonic()
     spread = spread_of(config.mesh)
     check_training(_with_rows(config, rl))
@@ -346,7 +348,11 @@ class _Trainer:
         self.spent_s["update"] += update_s
         tokens = int((batch["segments_BT"] > 0).sum())
         self.step, self.tokens = self.step + 1, self.tokens + tokens
-        told["ratio_min"] = 1.0 / max(float(told.pop("ratio_inverse_max")), 1e-30)
+        if (inverse := float(told.pop("ratio_inverse_max"))) > 0:
+            told["ratio_min"] = 1.0 / inverse
+        else:  # nothing was learned from
+            for name in ("ratio_max", "ratio_mean"):
+                told.pop(name)
         if part > 0 or rl.score_rollouts:  # by now the weights differ, too; or it is known of all
             told.pop("logprob_gap"), told.pop("logprob_gap_max")
         finite = np.isfinite(told["loss_total"]) and np.isfinite(told["grad_norm"])

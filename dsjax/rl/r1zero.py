@@ -34,6 +34,7 @@ from dsjax.verify import gym
 FAMILY = "chain_sum"
 TERMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 HELD_OUT = 128  # problems a seed
+MAX_SEEDS = 4  # whose held-out problems no demonstration has
 WORKED_SHARE = 0.25  # of the demonstrations of the second stage; the others guess
 OTHERS = ("spell_backward", "letter_counting")  # the rest of the mixture
 DEMONSTRATIONS = 20_000
@@ -78,12 +79,12 @@ def base_config(data: str, *, steps: int, batch_size: int, learning_rate: float)
     )
 
 
-def train_base(folder: Path, *, seeds: int) -> bool:
+def train_base(folder: Path) -> bool:
     """Two stages: solutions that are worked out, then those among guesses; False if stopped."""
     for name, share in (("worked", 1.0), ("mixed", WORKED_SHARE)):
         data = folder / f"{name}.jsonl"
         if not data.exists():
-            write_demonstrations(data, worked_share=share, seeds=seeds)
+            write_demonstrations(data, worked_share=share)
     first = base_config(
         str(folder / "worked.jsonl"), steps=WORKED_STEPS, batch_size=8, learning_rate=2e-3
     )
@@ -122,10 +123,10 @@ def rl_config(base: str | os.PathLike, *, rewards: tuple[str, ...], shuffled: bo
     return dataclasses.replace(config, train=train)
 
 
-def write_demonstrations(path: Path, *, worked_share: float, seeds: int) -> None:
+def write_demonstrations(path: Path, *, worked_share: float) -> None:
     """The base's data: no problem that a seed holds out is among them."""
     held_out: set[str] = set()
-    for seed in range(seeds):
+    for seed in range(MAX_SEEDS):
         _, apart = gym.train_and_held_out(
             FAMILY, seed=seed, train=1, held_out=HELD_OUT, config=TERMS
         )
@@ -160,7 +161,7 @@ def run_r1zero(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.process_time()
-    if not train_base(folder, seeds=seeds):
+    if not train_base(folder):
         return None
     tell(f"base: {(time.process_time() - began) / 60:.1f} CPU-minutes")
     both = ("accuracy", "format")

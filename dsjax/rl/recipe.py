@@ -47,7 +47,7 @@ def dapo() -> RlConfig:
         prompts=512,
         max_completion_tokens=20_480,
         mini_batches=16,
-        rewards=(RewardConfig(name="accuracy"),),
+        rewards=(RewardConfig(name="accuracy", weight=2.0),),  # there right is 1 and wrong -1
         aggregation="dapo",
         clip_low=0.2,
         clip_high=0.28,

@@ -252,8 +252,10 @@ class Roller:
         """The rewards that are learned from; in the control they have changed places."""
         if not self.config.shuffle_rewards:
             return total_PG
-        order = document_order(total_PG.size, version)
-        return total_PG.reshape(-1)[order].reshape(total_PG.shape)
+        known_PG, moved_PG = np.isfinite(total_PG), total_PG.copy()
+        known_N = total_PG[known_PG]
+        moved_PG[known_PG] = known_N[document_order(known_N.size, version)]
+        return moved_PG
 
     def _metrics(self, groups, total_PG, count_PG, stopped_PG) -> dict[str, float]:
         ended, known_N = count_PG[stopped_PG], total_PG[np.isfinite(total_PG)]

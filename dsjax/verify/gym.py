@@ -43,6 +43,7 @@ _NODES = (
     *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop),
     *(ast.List, ast.Tuple, ast.Set, ast.Dict, ast.expr_context),
 )
+_APART = 2_654_435_761  # 2**32 over the golden ratio: multiples of it lie far from each other
 _SPARE = 4  # draws for each problem wanted
 _FRUITLESS = 200  # draws without a new question, and as many again as there are, are enough
 
@@ -180,7 +181,9 @@ def calculate(text: str, *_: Any) -> Any:
 def _drawn(
     family: str, seed: int, size: int, config: Mapping[str, Any] | None
 ) -> Iterator[dict[str, Any]]:
-    data = _data(family, json.dumps({**(config or {}), "seed": seed, "size": size}))
+    # Item i of a seed is that of seed + i: neighbouring seeds would have the same problems.
+    first = seed * _APART % 2**31
+    data = _data(family, json.dumps({**(config or {}), "seed": first, "size": size}))
     by_equality = "score_answer" not in vars(type(data))
     for place in range(size):
         entry = data[place]
