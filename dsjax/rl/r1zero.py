@@ -35,10 +35,10 @@ FAMILY = "chain_sum"
 TERMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 HELD_OUT = 128  # problems a seed
 MAX_SEEDS = 4  # whose held-out problems no demonstration has
-WORKED_SHARE = 0.25  # of the demonstrations of the second stage; the others guess
+WORKED_SHARE = 0.2  # of the demonstrations of the second stage; the others guess
 OTHERS = ("spell_backward", "letter_counting")  # the rest of the mixture
 DEMONSTRATIONS = 20_000
-WORKED_STEPS, BASE_STEPS = 800, 60
+WORKED_STEPS, BASE_STEPS = 800, 100
 RL_STEPS = 60
 
 
@@ -91,7 +91,7 @@ def train_base(folder: Path) -> bool:
     if pretrain(first, folder / "worked").stopped_by is not None:
         return False
     second = base_config(
-        str(folder / "mixed.jsonl"), steps=BASE_STEPS, batch_size=16, learning_rate=5e-4
+        str(folder / "mixed.jsonl"), steps=BASE_STEPS, batch_size=16, learning_rate=1e-3
     )
     return pretrain(second, folder / "base", init=folder / "worked").stopped_by is None
 
