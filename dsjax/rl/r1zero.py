@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dsjax.config import (
     Config,
@@ -125,14 +126,13 @@ def rl_config(base: str | os.PathLike, *, rewards: tuple[str, ...], shuffled: bo
 
 def write_demonstrations(path: Path, *, worked_share: float) -> None:
     """The base's data: no problem that a seed holds out is among them."""
-    held_out: set[str] = set()
+    held_out: list[dict[str, Any]] = []
     for seed in range(MAX_SEEDS):
-        _, apart = gym.train_and_held_out(
+        held_out += gym.train_and_held_out(
             FAMILY, seed=seed, train=1, held_out=HELD_OUT, config=TERMS
-        )
-        held_out |= {record["question"] for record in apart}
+        )[1]
     drawn = gym.problems(FAMILY, seed=2**20, size=DEMONSTRATIONS, config=TERMS)
-    records = [record for record in drawn if record["question"] not in held_out]
+    records = gym.without_questions(drawn, held_out)
     for family in OTHERS:
         records += gym.problems(family, seed=2**20, size=DEMONSTRATIONS // 20)
     found = demonstrations(records, worked_share=worked_share, seed=0)
